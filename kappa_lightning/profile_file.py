@@ -1,0 +1,87 @@
+"""The JSON file of a profile: versioned, written atomically, strict JSON even where κ is infinite."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "kappa-lightning profile"
+SCHEMA_VERSION = 1
+
+
+def write_profile_file(path: str | os.PathLike[str], profile: dict[str, Any]) -> None:
+    """Write a profile's plain dictionary; a reader sees the old file or the new one, never a half-written one."""
+    target = Path(path)
+    document = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "versions": {"kappa_lightning": version("kappa-lightning"), "torch": torch.__version__},
+        **profile,
+    }
+    text = json.dumps(_map(document, _encode), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    # In the target's own folder, since a rename is atomic only within one file system.
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def read_profile_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a profile's plain dictionary.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, is no profile, or comes from a newer version of this package.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no profile or a truncated one ({error}): delete it and profile again") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"{path} is JSON but no profile of kappa-lightning: it lacks the entry format={FORMAT!r}")
+    schema = document.get("schema_version")
+    if schema != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {schema}, and this version of kappa-lightning reads {SCHEMA_VERSION}: "
+            "update the package, or profile again"
+        )
+    profile: dict[str, Any] = _map(document, _decode)
+    missing = {"rows", "solver", "rtol"} - profile.keys()
+    if missing:
+        raise ValueError(f"{path} is a damaged profile without {', '.join(sorted(missing))}: profile again")
+    return profile
+
+
+def _encode(value: Any) -> Any:
+    # JSON has no infinity; as a string every reader takes it, and Python's float() reads it back.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decode(value: Any) -> Any:
+    return float(value) if value in ("inf", "-inf") else value
+
+
+def _map(value: Any, leaf: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _map(entry, leaf) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map(entry, leaf) for entry in value]
+    return leaf(value)
