@@ -35,7 +35,7 @@ def fingerprint(tensor: Tensor) -> str:
     total = _signed(hash_of_text(f"{tensor.dtype} {tuple(tensor.shape)}"))
     weights = _weights(words.device)
     # The sums stay on the device until all are there: one synchronisation a tensor.
-    sums = [torch.sum(chunk.to(torch.int64) * weights[: chunk.numel()]) for chunk in words.split(_CHUNK)]
+    sums = [torch.sum(chunk.to(torch.int64) * weights[: chunk.numel()]) for chunk in torch.split(words, _CHUNK)]
     for value in torch.stack(sums).tolist():
         total = _signed(total * _GOLDEN + value)
     return f"{total % (1 << 64):016x}"

@@ -198,7 +198,9 @@ class KappaProfile:
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> KappaProfile:
         """The inverse of :meth:`to_dict`."""
-        rows = (KappaRow(**{**row, "shape": tuple(row["shape"]), "kappas": _tuple(row["kappas"])}) for row in state["rows"])
+        rows = (
+            KappaRow(**{**row, "shape": tuple(row["shape"]), "kappas": _tuple(row["kappas"])}) for row in state["rows"]
+        )
         return cls(rows, solver=state["solver"], rtol=state["rtol"])
 
     def __len__(self) -> int:

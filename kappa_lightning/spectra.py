@@ -68,10 +68,7 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto") -> Spe
         >>> s.kappa.item(), s.sigma_max.item()
         (6.0, 3.0)
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is unknown: use one of {', '.join(map(repr, SOLVERS))}")
-    if not 0 < rtol < 1:
-        raise ValueError(f"rtol={rtol!r} is not a relative error: give a number between 0 and 1")
+    check_options(solver=solver, rtol=rtol)
     if not matrix.is_floating_point():
         raise TypeError(f"a spectrum needs a real floating-point matrix, got {matrix.dtype}")
     if matrix.ndim < 2 or 0 in matrix.shape[-2:]:
@@ -96,6 +93,14 @@ def condition_number(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto"
         1.0
     """
     return spectrum(matrix, rtol=rtol, solver=solver).kappa
+
+
+def check_options(*, solver: str, rtol: float) -> None:
+    """Raise a ValueError that names the option if ``solver`` or ``rtol`` is out of range."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is unknown: use one of {', '.join(map(repr, SOLVERS))}")
+    if not 0 < rtol < 1:
+        raise ValueError(f"rtol={rtol!r} is not a relative error: give a number between 0 and 1")
 
 
 def _from_singular_values(work: Tensor) -> Spectrum:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -55,7 +54,9 @@ class Weight:
         """
         weight = self.parameter.detach()
         if isinstance(self.parameter, UninitializedParameter):
-            raise ValueError(f"{self.name} belongs to a lazy layer and has no shape yet: run one batch through it first")
+            raise ValueError(
+                f"{self.name} belongs to a lazy layer and has no shape yet: run one batch through it first"
+            )
         if weight.is_meta:
             raise ValueError(f"{self.name} is on the meta device and has no values: load the model's weights first")
         if not weight.is_floating_point():
@@ -66,8 +67,9 @@ class Weight:
             )
         if isinstance(self.layer, _ConvTransposeNd):
             # Stored as (in, out/groups, k…): bring the output channels of each group to the front.
-            grouped = weight.unflatten(0, (self.layer.groups, -1)).transpose(1, 2)
-            return grouped.flatten(3).flatten(2).flatten(0, 1).unsqueeze(0)
+            groups, (inputs, outputs) = self.layer.groups, weight.shape[:2]
+            grouped = weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2)
+            return grouped.reshape(1, groups * outputs, -1)
         if isinstance(self.layer, _ConvNd) or weight.ndim > 3:
             return weight.flatten(1).unsqueeze(0)
         return weight if weight.ndim == 3 else weight.unsqueeze(0)
@@ -85,7 +87,7 @@ def find_weights(module: nn.Module) -> list[Weight]:
         >>> [(weight.name, tuple(weight.matrices().shape)) for weight in find_weights(net)]
         [('0.weight', (1, 8, 75)), ('3.weight', (1, 2, 8))]
     """
-    return [Weight(name, parameter, layer) for name, parameter, layer in _owned(module) if _is_matrix(name, parameter, layer)]
+    return [Weight(*owned) for owned in _owned(module) if _is_matrix(*owned)]
 
 
 def match_names(names: Iterable[str], patterns: Sequence[str], *, argument: str, aliases: dict[str, str]) -> set[str]:
@@ -154,5 +156,3 @@ def _is_matrix(name: str, parameter: nn.Parameter, layer: nn.Module) -> bool:
 def _some(names: Sequence[str], limit: int = 3) -> str:
     shown = ", ".join(names[:limit])
     return f"{shown}, … ({len(names)} in all)" if len(names) > limit else shown
-
-

@@ -1,0 +1,235 @@
+"""Measure what a model could do before fine-tuning and still can."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import weakref
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from kappa_lightning.callbacks.evaluation import batch_limit, evaluate
+from kappa_lightning.callbacks.reporting import log_scalars, publish
+from kappa_lightning.probes import Probe
+
+OnBreach = Literal["stop", "warn", "raise"]
+
+
+class ForgettingEval(Callback):
+    """Measure retained capabilities before the first step and after every n-th epoch.
+
+    The *retention* of a probe is its metric now over its metric before the first step, or the inverse where lower is
+    better: 1 means that nothing is lost, more than 1 that the model got better at it. For perplexity it is
+    exp(−Δ nats per token).
+
+    Logged at the trainer's global step, to every logger, and visible to ``ModelCheckpoint(monitor=...)`` and
+    ``EarlyStopping``, with and without a validation loop:
+
+    - ``forgetting/<probe>/<metric>``: the metric, as the probe names it;
+    - ``forgetting/<probe>/retention``: 1 is all;
+    - ``forgetting/<probe>/forgetting``: 1 − retention;
+    - ``forgetting/retention``: the mean retention over all probes.
+
+    An evaluation runs in eval mode, without gradients and under the Trainer's precision, and leaves modes, random
+    number generators, gradients and BatchNorm statistics as they were. Where the epoch ends with a validation loop it
+    runs with it, so that a checkpoint saved there sees the new figures. The baseline survives a resume and is never
+    measured on trained weights. With ``fast_dev_run`` each probe reads as many batches as the other loops, and its
+    figures are not judged.
+
+    Args:
+        probes: the probes by name, which appears in the tags.
+        every_n_epochs: the number of epochs between evaluations.
+        min_retention: the retention below which no probe may fall.
+        on_breach: what happens if one does: ``"stop"`` ends the training after this epoch, ``"warn"`` only warns,
+            ``"raise"`` raises a RuntimeError.
+
+    Attributes:
+        baseline: each probe's metric before the first step.
+        history: a dict for each evaluation, the one before the first step included, with ``epoch`` (epochs
+            completed), ``step`` (global step) and the logged figures under their tags.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if there is no probe or an argument is out of range; when training starts, if a probe's dataloader
+            gives no batch, its metric is NaN or no scalar or has a baseline from which no ratio can be formed, or a
+            resumed checkpoint has no baseline.
+        RuntimeError: on a breach with ``on_breach="raise"``.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from kappa_lightning import AccuracyProbe
+        >>> model, images = BoringModel(), torch.randn(8, 32)
+        >>> probe = AccuracyProbe([(images, model(images).argmax(-1))])
+        >>> callback = ForgettingEval({"old task": probe}, min_retention=0.5, on_breach="warn")
+        >>> trainer = Trainer(
+        ...     callbacks=[callback], max_epochs=2, limit_train_batches=1, logger=False, accelerator="cpu",
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.fit(model)
+        >>> callback.baseline, [record["epoch"] for record in callback.history]
+        ({'old task': 1.0}, [0, 1, 2])
+    """
+
+    def __init__(
+        self,
+        probes: Mapping[str, Probe],
+        every_n_epochs: int = 1,
+        min_retention: float | None = None,
+        on_breach: OnBreach = "stop",
+    ) -> None:
+        super().__init__()
+        if not isinstance(probes, Mapping):
+            raise TypeError(
+                f'probes is a {type(probes).__name__}: give a dict of names to probes, such as {{"text": …}}'
+            )
+        if not probes:
+            raise ValueError("probes is empty: give at least one")
+        for name, probe in probes.items():
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"probes: the name {name!r} is not a non-empty string")
+            if not isinstance(probe, Probe):
+                raise TypeError(f"probes[{name!r}] is a {type(probe).__name__}, not a Probe")
+        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs={every_n_epochs!r} must be an int of at least 1")
+        if min_retention is not None and not (isinstance(min_retention, int | float) and 0 < min_retention <= 1):
+            raise ValueError(f"min_retention={min_retention!r} must be in (0, 1], 1 being all")
+        if on_breach not in get_args(OnBreach):
+            raise ValueError(
+                f"on_breach={on_breach!r} is unknown: use one of {', '.join(map(repr, get_args(OnBreach)))}"
+            )
+        self.probes = dict(probes)
+        self.every_n_epochs = every_n_epochs
+        self.min_retention = min_retention
+        self.on_breach = on_breach
+        self.baseline: dict[str, float] = {}
+        self.history: list[dict[str, Any]] = []
+        self._restored = False
+        self._module: weakref.ref[nn.Module] | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        resumed = trainer.ckpt_path is not None and self._restored
+        continued = self._module is not None and self._module() is pl_module
+        self._restored = False
+        self._module = weakref.ref(pl_module)
+        if trainer.global_step > 0:
+            missing = (
+                [name for name in self.probes if name not in self.baseline] if resumed or continued else [*self.probes]
+            )
+            if missing:
+                raise ValueError(
+                    f"the checkpoint {trainer.ckpt_path} has no baseline of the probe {missing[0]!r}, and measuring "
+                    "one on weights that are trained already would hide what they forgot: resume without this probe, or "
+                    "load the weights into the module and call fit without ckpt_path to start from them"
+                )
+            if self.history:
+                # Already logged before the interruption; callbacks that monitor a metric have not seen it in this run.
+                publish(trainer, _scalars(self.history[-1]))
+            return
+        self.baseline, self.history = {}, []
+        values = self._measure(trainer, pl_module)
+        if batch_limit(trainer) is None:
+            self._require_ratios(values)
+        self.baseline = values
+        self._record(trainer, values, epoch=trainer.current_epoch)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # ModelCheckpoint and EarlyStopping may look at the figures when validation ends, before on_train_epoch_end.
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and trainer.is_last_batch:
+            self._after_epoch(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._after_epoch(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"baseline": dict(self.baseline), "history": list(self.history)} if self.baseline else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self.baseline, self.history = dict(state_dict["baseline"]), list(state_dict["history"])
+            self._restored = True
+
+    def _after_epoch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every_n_epochs or self.history[-1]["step"] == trainer.global_step:
+            return
+        self._record(trainer, self._measure(trainer, module), epoch=trainer.current_epoch + 1)
+        if self.min_retention is not None and batch_limit(trainer) is None:
+            self._guard(trainer)
+
+    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        values = {name: evaluate(trainer, module, name, probe) for name, probe in self.probes.items()}
+        for name, value in values.items():
+            if not math.isfinite(value) and batch_limit(trainer) is None:
+                raise ValueError(
+                    f"the probe {name!r} returned {self.probes[name].name}={value} at step {trainer.global_step}: "
+                    + (
+                        "check its data and its step on the untrained model"
+                        if trainer.global_step == 0
+                        else "the model has probably diverged; lower the learning rate or resume from a checkpoint"
+                    )
+                )
+        return values
+
+    def _require_ratios(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if value <= 0:
+                raise ValueError(
+                    f"the probe {name!r} has {self.probes[name].name}={value:g} before the first step, and retention "
+                    "is a ratio to that: use a capability that the model has, and a metric that is above 0 for it"
+                )
+
+    def _record(self, trainer: pl.Trainer, values: Mapping[str, float], epoch: int) -> None:
+        scalars: dict[str, float] = {}
+        retentions = []
+        for name, value in values.items():
+            retention = _retention(self.baseline[name], value, self.probes[name].higher_is_better)
+            scalars[f"forgetting/{name}/{self.probes[name].name}"] = value
+            scalars[f"forgetting/{name}/retention"] = retention
+            scalars[f"forgetting/{name}/forgetting"] = 1 - retention
+            retentions.append(retention)
+        scalars["forgetting/retention"] = statistics.fmean(retentions)
+        self.history.append({"epoch": epoch, "step": trainer.global_step, **scalars})
+        log_scalars(trainer, scalars)
+
+    def _guard(self, trainer: pl.Trainer) -> None:
+        assert self.min_retention is not None
+        latest = self.history[-1]
+        lost = {
+            name: latest[f"forgetting/{name}/retention"]
+            for name in self.probes
+            if latest[f"forgetting/{name}/retention"] < self.min_retention
+        }
+        if not lost:
+            return
+        figures = ", ".join(f"{name} {retention:.4f}" for name, retention in lost.items())
+        message = f"retention fell below min_retention={self.min_retention:g} after epoch {latest['epoch']}: {figures}"
+        if self.on_breach == "raise":
+            raise RuntimeError(message)
+        if self.on_breach == "warn":
+            rank_zero_warn(message)
+        else:
+            rank_zero_info(f"ForgettingEval stops the training: {message}")
+            trainer.should_stop = True
+
+
+def _retention(before: float, now: float, higher_is_better: bool) -> float:
+    """The share of a capability that is left; NaN where the ratio does not exist, which only fast_dev_run lets pass."""
+    numerator, denominator = (now, before) if higher_is_better else (before, now)
+    return numerator / denominator if denominator else math.nan
+
+
+def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    return {tag: value for tag, value in record.items() if tag not in ("epoch", "step")}

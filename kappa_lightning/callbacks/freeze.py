@@ -1,0 +1,351 @@
+"""Freeze the specialised tensors of a model by their condition number, and train the rest."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from kappa_lightning.callbacks.progress import track
+from kappa_lightning.callbacks.reporting import log_text
+from kappa_lightning.profile import KappaProfile, included, iter_rows
+from kappa_lightning.selection import CRITERIA, Budget, rank, select
+from kappa_lightning.spectra import check_options
+from kappa_lightning.strategies import adapter_for
+from kappa_lightning.tables import Group, ranking_markdown, training_table
+from kappa_lightning.weights import Weight, find_weights, match_names, tied_names
+
+
+class KappaFreezeCallback(Callback):
+    """Train only the tensors of low condition number κ = σ_max / σ_min, and freeze all others (KappaTune).
+
+    When fit starts, on the device that trains, every candidate matrix is decomposed; the candidates are ranked by
+    ``criterion``, the first ones within the budget train, and everything else gets ``requires_grad=False`` and leaves
+    every optimizer. Reference: Ludwig, "The Condition Number as a Scale-Invariant Proxy for Information Encoding in
+    Neural Units", arXiv 2506.16289.
+
+    *Candidates* are the matrices (Linear, Conv and Embedding weights, fused experts, other parameters with at least
+    two dimensions larger than one) that require a gradient, that ``include`` matches, and that neither ``exclude``
+    nor ``always_train`` does. Parameters that were frozen before stay frozen.
+
+    A run that is resumed with ``trainer.fit(ckpt_path=...)`` takes its selection from the checkpoint. If a fit fails,
+    ``requires_grad`` and the optimizers' groups are put back; after one that succeeds, :meth:`unfreeze` does it.
+
+    Logs a table of what trains and, to TensorBoard, the full ranking as the text ``kappa/ranking``.
+
+    Args:
+        top_p: the share of the candidates that trains, in (0, 1]; 0.2 if no budget is given.
+        num_tensors: the number of candidates that train.
+        max_kappa: candidates with a κ of at most this train.
+        max_params: the number of candidates' parameters that train, or their share if a float.
+        criterion: what ranks the candidates, a key of ``kappa_lightning.selection.CRITERIA``.
+        include: shell globs over the names of ``LightningModule.named_parameters()``.
+        exclude: globs of what is no candidate, and therefore frozen.
+        always_train: globs of what trains whatever its κ (new heads, projectors), outside the budget.
+        train_vectors: whether biases, norms and all other vectors train too.
+        solver: see :func:`kappa_lightning.spectrum`.
+        rtol: see :func:`kappa_lightning.spectrum`.
+        profile: a :class:`~kappa_lightning.KappaProfile` of the model's weights, or the path of its file, which is
+            computed and written if there is none.
+
+    Attributes:
+        profile: the :class:`~kappa_lightning.KappaProfile` of the candidates, after fit start.
+        trained_names: the names of all parameters that train, in the model's order, after fit start.
+        frozen_names: the names of all other parameters, after fit start.
+        selected_names: the candidates that were selected, the lowest-ranked first, after fit start.
+
+    Raises:
+        TypeError: if an argument has the wrong type; at fit start, if ``always_train`` matches a parameter that is not
+            floating point, or a candidate is quantised.
+        ValueError: if more than one budget is given or one that selects nothing; at fit start, if a pattern matches no
+            parameter, nothing is left to train, a weight has NaN or infinite entries, the profile is another model's,
+            the checkpoint holds no selection or one of other tensors, or the strategy is not supported. Nothing has
+            been changed then.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> callback = KappaFreezeCallback(num_tensors=1)
+        >>> trainer = Trainer(
+        ...     callbacks=[callback], fast_dev_run=True, accelerator="cpu", enable_progress_bar=False,
+        ...     enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> callback.trained_names, callback.frozen_names
+        (['layer.weight'], ['layer.bias'])
+    """
+
+    def __init__(
+        self,
+        top_p: float | None = None,
+        num_tensors: int | None = None,
+        max_kappa: float | None = None,
+        max_params: int | float | None = None,
+        criterion: str = "kappa",
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        always_train: Sequence[str] = (),
+        train_vectors: bool = False,
+        solver: str = "auto",
+        rtol: float = 1e-3,
+        profile: KappaProfile | str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if all(limit is None for limit in (top_p, num_tensors, max_kappa, max_params)):
+            top_p = 0.2
+        self.budget = Budget(top_p=top_p, num_tensors=num_tensors, max_kappa=max_kappa, max_params=max_params)
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion={criterion!r} is unknown: use one of {', '.join(map(repr, CRITERIA))}")
+        check_options(solver=solver, rtol=rtol)
+        for argument, patterns in (("include", include), ("exclude", exclude), ("always_train", always_train)):
+            if isinstance(patterns, str):
+                raise TypeError(f"{argument}={patterns!r} is one string: give a list of globs, such as [{patterns!r}]")
+        if not include:
+            raise ValueError("include=() leaves nothing to train: give at least one glob")
+        self.criterion = criterion
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
+        self.always_train = tuple(always_train)
+        self.train_vectors = train_vectors
+        self.solver = solver
+        self.rtol = rtol
+        self.profile: KappaProfile | None = profile if isinstance(profile, KappaProfile) else None
+        self.profile_path = None if profile is None or isinstance(profile, KappaProfile) else Path(profile)
+        self.trained_names: list[str] = []
+        self.frozen_names: list[str] = []
+        self.selected_names: list[str] = []
+        self._given_profile = self.profile
+        self._restored: dict[str, Any] | None = None
+        self._module: weakref.ref[nn.Module] | None = None
+        self._frozen_here: list[nn.Parameter] = []
+        self._restore_optimizers: Callable[[], None] | None = None
+        self._first_step = -1
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        adapter = adapter_for(trainer)
+        if trainer.ckpt_path is not None:
+            plan = self._plan_from_checkpoint(trainer, pl_module)
+        elif self.profile is not None and self._last_module() is pl_module and trainer.global_step > 0:
+            # fit was called once more on a module that is trained by now: its weights have no say any longer.
+            plan = self._plan_of_names(pl_module, self.trained_names, self.selected_names, self.profile)
+        else:
+            if self._last_module() is pl_module:
+                self.unfreeze()
+            plan = self._plan_from_weights(trainer, pl_module)
+
+        parameters = dict(pl_module.named_parameters())
+        self.profile = plan.profile
+        self.selected_names = plan.selected
+        self.trained_names = [name for name in parameters if name in plan.trained]
+        self.frozen_names = [name for name in parameters if name not in plan.trained]
+        frozen = [parameters[name] for name in self.frozen_names]
+        if self._last_module() is not pl_module:
+            self._frozen_here = []
+        self._module = weakref.ref(pl_module)
+        self._first_step = trainer.global_step
+        self._restore_optimizers = adapter.drop_from_optimizers(trainer, frozen)
+        for parameter in frozen:
+            if parameter.requires_grad:
+                self._frozen_here.append(parameter)
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        self._report(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restored = None
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restored = None
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if trainer.global_step == self._first_step:
+            self.unfreeze()
+        else:
+            # A checkpoint that is saved on this exception needs the optimizers as they trained.
+            self._thaw()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self.profile is None:
+            return {}
+        return {
+            "arguments": self._arguments(),
+            "profile": self.profile.to_dict(),
+            "trained_names": list(self.trained_names),
+            "selected_names": list(self.selected_names),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+    def unfreeze(self) -> None:
+        """Give every parameter that this callback froze its ``requires_grad`` back, and its place in the optimizers."""
+        self._thaw()
+        if self._restore_optimizers is not None:
+            self._restore_optimizers()
+        self._restore_optimizers = None
+
+    def _thaw(self) -> None:
+        for parameter in self._frozen_here:
+            parameter.requires_grad_(True)
+        self._frozen_here = []
+
+    def _plan_from_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> _Plan:
+        parameters = dict(module.named_parameters())
+        always = self._always_trained(module)
+        candidates, frozen_before = [], 0
+        for weight in included(module, self.include, self.exclude):
+            if weight.name in always:
+                continue
+            if weight.parameter.requires_grad:
+                candidates.append(weight)
+            else:
+                frozen_before += 1
+        if not candidates:
+            raise ValueError(
+                f"nothing to train: include={list(self.include)}, exclude={list(self.exclude)} and "
+                f"always_train={list(self.always_train)} leave no matrix as a candidate"
+                + (
+                    f"; {frozen_before} that they leave are frozen already (requires_grad=False)"
+                    if frozen_before
+                    else ""
+                )
+            )
+        profile = self._profile(trainer, module, candidates)
+        selected = select(list(profile), self.budget, self.criterion)
+        trained = {name for name in [*selected, *always] if parameters[name].requires_grad}
+        if self.train_vectors:
+            matrices = {weight.name for weight in find_weights(module)}
+            trained |= {name for name, p in parameters.items() if p.requires_grad and name not in matrices}
+        return _Plan(trained, selected, profile)
+
+    def _always_trained(self, module: pl.LightningModule) -> set[str]:
+        parameters = dict(module.named_parameters())
+        always = match_names(parameters, self.always_train, argument="always_train", aliases=tied_names(module))
+        for name in sorted(always):
+            if not parameters[name].is_floating_point():
+                raise TypeError(f"always_train matches {name}, which is {parameters[name].dtype} and cannot be trained")
+        stay = [name for name in sorted(always) if not parameters[name].requires_grad]
+        if stay:
+            rank_zero_warn(
+                f"always_train matches {len(stay)} parameter(s) that were frozen before and stay so: {stay[0]}"
+            )
+        return always
+
+    def _profile(self, trainer: pl.Trainer, module: pl.LightningModule, candidates: Sequence[Weight]) -> KappaProfile:
+        known = self._given_profile
+        if known is None and self.profile_path is not None and self.profile_path.exists():
+            known = KappaProfile.load(self.profile_path)
+        if known is not None:
+            missing = [weight.name for weight in candidates if weight.name not in known]
+            if missing:
+                raise ValueError(
+                    f"the profile has no row for {missing[0]} ({len(missing)} of {len(candidates)} candidates are "
+                    "missing): it is another model's or was computed with other patterns"
+                )
+            profile = known.restrict(weight.name for weight in candidates)
+            profile.check(module)
+            return profile
+        rows = iter_rows(candidates, device=trainer.strategy.root_device, solver=self.solver, rtol=self.rtol)
+        shown = track(trainer, rows, total=len(candidates), description="Condition numbers", unit="tensor")
+        profile = KappaProfile(shown, solver=self.solver, rtol=self.rtol)
+        if self.profile_path is not None and trainer.is_global_zero:
+            profile.save(self.profile_path)
+        return profile
+
+    def _plan_from_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule) -> _Plan:
+        if self._restored is None:
+            raise ValueError(
+                f"{trainer.ckpt_path} was saved without KappaFreezeCallback and holds no selection. To go on with that "
+                "run, leave the callback out; to start a new one from its weights, load them into the module "
+                "(load_state_dict) and call fit without ckpt_path"
+            )
+        saved, now = self._restored["arguments"], self._arguments()
+        ignored = [key for key in now if now[key] != saved.get(key)]
+        if ignored:
+            differences = ", ".join(f"{key}={now[key]!r} (checkpoint: {saved.get(key)!r})" for key in ignored)
+            rank_zero_warn(f"KappaFreezeCallback resumes with the selection of the checkpoint; ignored: {differences}")
+        profile = KappaProfile.from_dict(self._restored["profile"])
+        return self._plan_of_names(module, self._restored["trained_names"], self._restored["selected_names"], profile)
+
+    def _plan_of_names(
+        self, module: pl.LightningModule, trained: Sequence[str], selected: Sequence[str], profile: KappaProfile
+    ) -> _Plan:
+        parameters = dict(module.named_parameters())
+        for name in trained:
+            if name not in parameters:
+                raise ValueError(f"the checkpoint trains {name}, which this model has not: it is another model's")
+            if not parameters[name].requires_grad and self._last_module() is not module:
+                raise ValueError(
+                    f"the checkpoint trains {name}, which is frozen here (requires_grad=False): unfreeze it"
+                )
+        for row in profile:
+            shape = tuple(parameters[row.name].shape) if row.name in parameters else None
+            if shape != row.shape:
+                found = "missing here" if shape is None else f"{shape} here"
+                raise ValueError(
+                    f"the checkpoint was saved from another model: {row.name} is {row.shape} there and {found}"
+                )
+        return _Plan(set(trained), list(selected), profile)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            **vars(self.budget),
+            "criterion": self.criterion,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "always_train": list(self.always_train),
+            "train_vectors": self.train_vectors,
+        }
+
+    def _last_module(self) -> nn.Module | None:
+        return None if self._module is None else self._module()
+
+    def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert self.profile is not None
+        parameters = dict(module.named_parameters())
+        sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+        matrices = {weight.name for weight in find_weights(module)}
+        selected = set(self.selected_names)
+        rest = [name for name in self.trained_names if name not in selected]
+        frozen = [name for name in self.frozen_names if name not in self.profile]
+        groups = [
+            Group.of("trains: selected by " + self.criterion, selected, sizes, self.profile),
+            Group.of("trains: always_train", [n for n in rest if not self.train_vectors or n in matrices], sizes),
+            Group.of("trains: vectors", [n for n in rest if self.train_vectors and n not in matrices], sizes),
+            Group.of(
+                "frozen by " + self.criterion,
+                [r.name for r in self.profile if r.name not in selected],
+                sizes,
+                self.profile,
+            ),
+            Group.of("frozen: no candidate", [n for n in frozen if n in matrices], sizes),
+            Group.of("frozen: vectors", [n for n in frozen if n not in matrices], sizes),
+        ]
+        if not trainer.barebones:
+            rank_zero_info(training_table(groups, title=f"KappaFreezeCallback({self.budget})"))
+        ranking = rank(self.profile, self.criterion)
+        log_text(trainer, "kappa/ranking", ranking_markdown(ranking, selected))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What will train, decided before anything is changed."""
+
+    trained: set[str]
+    selected: list[str]
+    profile: KappaProfile

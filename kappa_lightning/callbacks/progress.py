@@ -1,0 +1,43 @@
+"""Progress of long work inside a callback, beside whichever progress bar the Trainer shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from tqdm.auto import tqdm
+
+Item = TypeVar("Item")
+
+
+def track(
+    trainer: pl.Trainer, items: Iterable[Item], *, total: int | None, description: str, unit: str
+) -> Iterator[Item]:
+    """Iterate with a progress bar, on rank zero and only where the Trainer's own progress bar is on.
+
+    Args:
+        trainer: decides whether and where the bar is drawn.
+        items: what is iterated over.
+        total: number of items, or ``None`` if it is not known.
+        description: what is being done.
+        unit: what an item is.
+    """
+    bar = trainer.progress_bar_callback
+    shown = isinstance(bar, TQDMProgressBar | RichProgressBar) and bar.is_enabled and trainer.is_global_zero
+    if not shown:
+        yield from items
+    elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.progress.live.is_started:
+        # Two live displays would overwrite each other, so the work becomes one more line of the Trainer's.
+        task = bar.progress.add_task(description, total=total)
+        try:
+            for item in items:
+                yield item
+                bar.progress.update(task, advance=1)
+                bar.refresh()
+        finally:
+            bar.progress.remove_task(task)
+    else:
+        with tqdm(items, total=total, desc=description, unit=unit, leave=False, dynamic_ncols=True) as lines:
+            yield from lines

@@ -1,0 +1,70 @@
+"""The metrics of the ready-made probes, where torchmetrics has none that fits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import MeanMetric, Metric
+
+IGNORED = -100
+"""The label of a token that is not predicted, as in PyTorch's cross-entropy and in transformers."""
+
+
+class TokenPerplexity(Metric):
+    """exp of the mean negative log-likelihood over all predicted tokens, of all batches together.
+
+    Unlike torchmetrics' ``Perplexity`` it never forms probabilities, so an unlikely token costs its true number of
+    nats instead of −ln 0, and sums in float64 where the device has it.
+
+    Example:
+        >>> import torch
+        >>> metric = TokenPerplexity()
+        >>> metric.update(torch.zeros(1, 3, 7), torch.tensor([[4, 2, -100]]))
+        >>> round(metric.compute().item(), 6)
+        7.0
+    """
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits: shape (batch, tokens, vocabulary), already aligned with the labels they predict.
+            labels: shape (batch, tokens), −100 where no token is predicted.
+        """
+        flat = labels.reshape(-1)
+        predicted = flat != IGNORED
+        losses = functional.cross_entropy(logits.flatten(0, 1)[predicted].float(), flat[predicted], reduction="none")
+        # MPS has no float64, which elsewhere keeps a long sum exact.
+        dtype = torch.float32 if losses.device.type == "mps" else torch.float64
+        self.nats = self.nats.to(dtype) + losses.to(dtype).sum()
+        self.tokens += predicted.sum()
+
+    def compute(self) -> Tensor:
+        """The perplexity; NaN if no token was predicted."""
+        return torch.exp(self.nats / self.tokens)
+
+
+class MeanCorrect(MeanMetric):
+    """The share of correct predictions: a mean that knows that higher is better.
+
+    Example:
+        >>> import torch
+        >>> metric = MeanCorrect()
+        >>> metric.update(torch.tensor([1.0, 0.0, 1.0, 1.0]))
+        >>> metric.compute().item()
+        0.75
+    """
+
+    higher_is_better = True  # type: ignore[assignment]

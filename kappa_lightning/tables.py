@@ -1,0 +1,83 @@
+"""What a profile and a selection look like as text: a table for the console, Markdown for TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kappa_lightning.profile import KappaProfile, KappaRow
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors that share a fate: their number, their parameters and, where known, their condition numbers."""
+
+    label: str
+    num_tensors: int
+    num_parameters: int
+    kappas: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls, label: str, names: Iterable[str], sizes: Mapping[str, int], profile: KappaProfile | None = None
+    ) -> Group:
+        """The group of some names, with their sizes and the κ that a profile knows of them."""
+        names = list(names)
+        kappas = tuple(profile[name].kappa for name in names) if profile is not None else ()
+        return cls(label, len(names), sum(sizes[name] for name in names), kappas)
+
+
+def training_table(groups: Sequence[Group], *, title: str) -> str:
+    """A table of what trains and what does not, for the console; empty groups are left out."""
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    table.add_column("")
+    for header in ("tensors", "parameters", "share", "κ range"):
+        table.add_column(header, justify="right")
+    total = sum(group.num_parameters for group in groups)
+    for group in groups:
+        if group.num_tensors:
+            share = f"{group.num_parameters / total:.1%}"
+            table.add_row(
+                group.label, f"{group.num_tensors:,}", f"{group.num_parameters:,}", share, kappa_range(group.kappas)
+            )
+    return render(table)
+
+
+def ranking_markdown(ranking: Sequence[KappaRow], selected: Iterable[str]) -> str:
+    """The ranking as a Markdown table, the first to train first."""
+    selected = set(selected)
+    lines = ["| rank | tensor | shape | κ | log-volume (nats) | trains |", "|---:|---|---|---:|---:|:---:|"]
+    for position, row in enumerate(ranking, start=1):
+        shape = "×".join(map(str, row.shape))
+        mark = "yes" if row.name in selected else ""
+        lines.append(
+            f"| {position} | {row.name} | {shape} | {format_kappa(row.kappa)} | {row.log_volume:.1f} | {mark} |"
+        )
+    return "\n".join(lines)
+
+
+def format_kappa(kappa: float) -> str:
+    """κ with four significant digits, ∞ as a sign."""
+    return "∞" if math.isinf(kappa) else f"{kappa:,.0f}" if kappa >= 1000 else f"{kappa:.4g}"
+
+
+def kappa_range(kappas: Sequence[float]) -> str:
+    """The smallest and the largest κ."""
+    if not kappas:
+        return ""
+    low, high = format_kappa(min(kappas)), format_kappa(max(kappas))
+    return low if low == high else f"{low} – {high}"
+
+
+def render(table: Table, width: int = 110) -> str:
+    """A rich table as plain text, the same on every terminal and in every log file."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return "\n" + "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
