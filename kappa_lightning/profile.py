@@ -118,7 +118,7 @@ class KappaProfile:
         weights = included(module, include, exclude)
         if not weights:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
-        rows = iter_rows(weights, device=device, solver=solver, rtol=rtol)
+        rows: Iterable[KappaRow] = iter_rows(weights, device=device, solver=solver, rtol=rtol)
         if progress:
             rows = tqdm(rows, total=len(weights), desc="Condition numbers", unit="tensor", leave=False)
         return cls(rows, solver=solver, rtol=rtol)

@@ -128,8 +128,8 @@ class ForgettingEval(Callback):
             if missing:
                 raise ValueError(
                     f"the checkpoint {trainer.ckpt_path} has no baseline of the probe {missing[0]!r}, and measuring "
-                    "one on weights that are trained already would hide what they forgot: resume without this probe, or "
-                    "load the weights into the module and call fit without ckpt_path to start from them"
+                    "one on weights that are trained already would hide what they forgot: resume without this probe, "
+                    "or load the weights into the module and call fit without ckpt_path to start from them"
                 )
             if self.history:
                 # Already logged before the interruption; callbacks that monitor a metric have not seen it in this run.
