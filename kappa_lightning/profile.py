@@ -16,7 +16,7 @@ from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.profile_file import read_profile_file, write_profile_file
 from kappa_lightning.selection import Budget, select
 from kappa_lightning.spectra import Spectrum, spectrum
-from kappa_lightning.weights import Weight, find_weights, match_names, tied_names
+from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +166,13 @@ class KappaProfile:
             weight = weights.get(row.name)
             if weight is None:
                 raise ValueError(f"the profile is another model's: it has {row.name}, which this model has not")
-            shape, dtype = tuple(weight.parameter.shape), _name_of(weight.parameter.dtype)
+            shape, dtype = weight.shape, _name_of(weight.dtype)
             if (shape, dtype) != (row.shape, row.dtype):
                 raise ValueError(
                     f"the profile is another model's: {row.name} is {dtype} of shape {shape} here and {row.dtype} of "
                     f"shape {row.shape} in the profile"
                 )
-            if fingerprint(weight.parameter) != row.fingerprint:
+            if fingerprint(weight.read()) != row.fingerprint:
                 raise ValueError(
                     f"the profile is of other weights: the content of {row.name} differs; compute a new profile"
                 )
@@ -228,7 +228,7 @@ class KappaProfile:
 
 def included(module: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> list[Weight]:
     """The matrices of a module that ``include`` matches and ``exclude`` does not, in the model's order."""
-    names, aliases = [name for name, _ in module.named_parameters()], tied_names(module)
+    names, aliases = plain_parameters(module), tied_names(module)
     wanted = match_names(names, include, argument="include", aliases=aliases)
     wanted -= match_names(names, exclude, argument="exclude", aliases=aliases)
     return [weight for weight in find_weights(module) if weight.name in wanted]
@@ -239,19 +239,20 @@ def iter_rows(
 ) -> Iterator[KappaRow]:
     """Decompose weights one after the other, each on ``device`` or, for ``None``, where it is."""
     for weight in weights:
-        matrices = weight.matrices().to(device if device is not None else weight.parameter.device)
+        stored = weight.read()
+        matrices = weight.view(stored)
         try:
-            spectra = spectrum(matrices, solver=solver, rtol=rtol)
+            spectra = spectrum(matrices if device is None else matrices.to(device), solver=solver, rtol=rtol)
         except ValueError as error:
             raise ValueError(f"{weight.name}: {error}") from error
-        yield _row(weight, spectra)
+        yield _row(weight, spectra, fingerprint(stored))
 
 
-def _row(weight: Weight, spectra: Spectrum) -> KappaRow:
+def _row(weight: Weight, spectra: Spectrum, content: str) -> KappaRow:
     kappas = spectra.kappa.tolist()
     return KappaRow(
         name=weight.name,
-        shape=tuple(weight.parameter.shape),
+        shape=weight.shape,
         kappa=float(spectra.kappa.mean()),
         sigma_max=float(spectra.sigma_max.max()),
         sigma_min=float(spectra.sigma_min.min()),
@@ -259,8 +260,8 @@ def _row(weight: Weight, spectra: Spectrum) -> KappaRow:
         frobenius_norm=float(torch.linalg.vector_norm(spectra.frobenius_norm)),
         rtol=float(spectra.rtol.max()),
         kappas=tuple(kappas) if weight.is_stack else None,
-        dtype=_name_of(weight.parameter.dtype),
-        fingerprint=fingerprint(weight.parameter),
+        dtype=_name_of(weight.dtype),
+        fingerprint=content,
     )
 
 

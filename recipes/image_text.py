@@ -405,8 +405,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--sts", type=Path, default=PAIRS, help="graded sentence pairs, in STS-B's format or this project's"
     )
     parser.add_argument("--max-params", type=float, default=0.25, help="kappa: share of the text matrices that trains")
-    parser.add_argument("--epochs", type=int, default=6, help="evaluations come after each")
-    parser.add_argument("--steps-per-epoch", type=int, default=50, help="optimizer steps in an epoch")
+    parser.add_argument("--epochs", type=int, default=5, help="evaluations come after each")
+    parser.add_argument("--steps-per-epoch", type=int, default=40, help="optimizer steps in an epoch")
     parser.add_argument("--batch-size", type=int, default=64, help="scenes in a batch")
     parser.add_argument("--text-lr", type=float, default=4e-4, help="peak learning rate of the text encoder")
     parser.add_argument("--vision-lr", type=float, default=2e-3, help="peak learning rate of the vision encoder")

@@ -23,7 +23,7 @@ from kappa_lightning.selection import CRITERIA, Budget, rank, select
 from kappa_lightning.spectra import check_options
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.tables import Group, ranking_markdown, training_table
-from kappa_lightning.weights import Weight, find_weights, match_names, tied_names
+from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
 
 
 class KappaFreezeCallback(Callback):
@@ -144,7 +144,7 @@ class KappaFreezeCallback(Callback):
                 self.unfreeze()
             plan = self._plan_from_weights(trainer, pl_module)
 
-        parameters = dict(pl_module.named_parameters())
+        parameters = plain_parameters(pl_module)
         self.profile = plan.profile
         self.selected_names = plan.selected
         self.trained_names = [name for name in parameters if name in plan.trained]
@@ -205,13 +205,13 @@ class KappaFreezeCallback(Callback):
         self._frozen_here = []
 
     def _plan_from_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> _Plan:
-        parameters = dict(module.named_parameters())
+        parameters = plain_parameters(module)
         always = self._always_trained(module)
         candidates, frozen_before = [], 0
         for weight in included(module, self.include, self.exclude):
             if weight.name in always:
                 continue
-            if weight.parameter.requires_grad:
+            if parameters[weight.name].requires_grad:
                 candidates.append(weight)
             else:
                 frozen_before += 1
@@ -234,7 +234,7 @@ class KappaFreezeCallback(Callback):
         return _Plan(trained, selected, profile)
 
     def _always_trained(self, module: pl.LightningModule) -> set[str]:
-        parameters = dict(module.named_parameters())
+        parameters = plain_parameters(module)
         always = match_names(parameters, self.always_train, argument="always_train", aliases=tied_names(module))
         for name in sorted(always):
             if not parameters[name].is_floating_point():
@@ -285,7 +285,7 @@ class KappaFreezeCallback(Callback):
     def _plan_of_names(
         self, module: pl.LightningModule, trained: Sequence[str], selected: Sequence[str], profile: KappaProfile
     ) -> _Plan:
-        parameters = dict(module.named_parameters())
+        parameters = plain_parameters(module)
         for name in trained:
             if name not in parameters:
                 raise ValueError(f"the checkpoint trains {name}, which this model has not: it is another model's")
@@ -317,7 +317,7 @@ class KappaFreezeCallback(Callback):
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert self.profile is not None
-        parameters = dict(module.named_parameters())
+        parameters = plain_parameters(module)
         sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         matrices = {weight.name for weight in find_weights(module)}
         selected = set(self.selected_names)

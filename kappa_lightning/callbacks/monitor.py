@@ -18,7 +18,7 @@ from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.progress import track
 from kappa_lightning.callbacks.reporting import log_figure, log_scalars, publish, shows_pictures
 from kappa_lightning.profile import KappaProfile, iter_rows
-from kappa_lightning.weights import Weight, find_weights, match_names, tied_names
+from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
 
 
 class KappaMonitor(Callback):
@@ -92,7 +92,7 @@ class KappaMonitor(Callback):
             return
         # Not on_fit_start: by now every callback has frozen what it freezes, whatever their order.
         self._weights = {weight.name: weight for weight in self._watched(pl_module)}
-        self._trained = {name for name, weight in self._weights.items() if weight.parameter.requires_grad}
+        self._trained = {name for name, weight in self._weights.items() if _trains(weight)}
         resumed = trainer.ckpt_path is not None and self._restored
         continued = trainer.global_step > 0 and self._module is not None and self._module() is pl_module
         self._restored = False
@@ -124,7 +124,7 @@ class KappaMonitor(Callback):
             return
         if self.history[-1]["step"] == trainer.global_step:
             return
-        trained = {name for name, weight in self._weights.items() if weight.parameter.requires_grad}
+        trained = {name for name, weight in self._weights.items() if _trains(weight)}
         # One that another callback froze meanwhile has changed since its last figure, too.
         moving = {name: self._weights[name] for name in self._weights if name in trained | self._trained}
         self._trained = trained
@@ -147,10 +147,9 @@ class KappaMonitor(Callback):
     def _watched(self, module: pl.LightningModule) -> list[Weight]:
         weights = find_weights(module)
         if self.tensors == "trainable":
-            weights = [weight for weight in weights if weight.parameter.requires_grad]
+            weights = [weight for weight in weights if _trains(weight)]
         elif not isinstance(self.tensors, str):
-            names = [name for name, _ in module.named_parameters()]
-            wanted = match_names(names, self.tensors, argument="tensors", aliases=tied_names(module))
+            wanted = match_names(plain_parameters(module), self.tensors, argument="tensors", aliases=tied_names(module))
             weights = [weight for weight in weights if weight.name in wanted]
         if not weights:
             raise ValueError(f"KappaMonitor(tensors={self.tensors!r}) finds no matrix to watch in this model")
@@ -196,6 +195,10 @@ def drift(before: float, now: float) -> float:
     if math.isinf(before) or math.isinf(now):
         return 0.0 if before == now else math.copysign(math.inf, now - before)
     return math.log10(now / before)
+
+
+def _trains(weight: Weight) -> bool:
+    return weight.parameter is not None and weight.parameter.requires_grad
 
 
 def _profile_at_start(trainer: pl.Trainer) -> KappaProfile | None:

@@ -1,0 +1,145 @@
+"""The weight matrices of a checkpoint, read from disk one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kappa_lightning.weights.weight import Weight, as_convolution, is_matrix_shape, view_of
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def checkpoint_weights(path: str | os.PathLike[str]) -> list[Weight]:
+    """The matrices of a checkpoint; only names and shapes are read until a weight is asked for.
+
+    A tensor of three dimensions is taken for a stack of matrices, such as fused experts, unless its name says that it
+    belongs to a convolution; the layout of transposed convolutions cannot be told from a file and is read as stored.
+
+    Args:
+        path: a ``.safetensors`` file; a folder with ``model.safetensors``, or with an index and its shards; a
+            Lightning ``.ckpt`` or a plain ``state_dict`` file, read without unpickling code; or the id of a hub model
+            that is in the local cache.
+
+    Raises:
+        FileNotFoundError: if there is no such file and no such model in the cache, or a shard is missing.
+        ValueError: if the file is corrupt, of an unknown kind, holds no matrix, or holds quantised weights.
+    """
+    source = Path(path)
+    if source.is_dir():
+        weights = list(_from_folder(source))
+    elif source.is_file():
+        weights = list(_from_file(source))
+    else:
+        weights = list(_from_folder(_cached(str(path))))
+    if not weights:
+        raise ValueError(f"{path} holds no weight matrix")
+    return weights
+
+
+def _from_folder(folder: Path) -> Iterator[Weight]:
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of safetensors shards, or a damaged one: {error!r}") from error
+        for shard in shards:
+            if not (folder / shard).is_file():
+                raise FileNotFoundError(f"{index} names the shard {shard}, which is not there: download it again")
+            yield from _from_safetensors(folder / shard)
+    elif (folder / _SINGLE).is_file():
+        yield from _from_safetensors(folder / _SINGLE)
+    else:
+        raise FileNotFoundError(f"{folder} has neither {_SINGLE} nor {_INDEX}: name the checkpoint file itself")
+
+
+def _from_file(file: Path) -> Iterator[Weight]:
+    return _from_safetensors(file) if file.suffix == ".safetensors" else _from_pickle(file)
+
+
+def _from_safetensors(file: Path) -> Iterator[Weight]:
+    from safetensors import SafetensorError, safe_open
+
+    def read(name: str) -> Tensor:
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(name)  # type: ignore[no-any-return]
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            described = [(name, tuple(s.get_shape()), _DTYPES.get(s.get_dtype())) for name, s in slices.items()]
+    except SafetensorError as error:
+        raise ValueError(f"{file} is corrupt or truncated ({error}): download it again") from error
+    for name, shape, dtype in described:
+        yield from _weight(file, name, shape, dtype, partial(read, name))
+
+
+def _from_pickle(file: Path) -> Iterator[Weight]:
+    try:
+        # Mapped, not loaded: a tensor's bytes are read when it is.
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no checkpoint that can be read without running its code ({error}): save its state_dict alone"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{file} holds no state_dict of named tensors")
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor):
+            yield from _weight(file, name, tuple(tensor.shape), tensor.dtype, tensor.detach)
+
+
+def _weight(
+    file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, read: Callable[[], Tensor]
+) -> Iterator[Weight]:
+    if not is_matrix_shape(name, shape):
+        return
+    if dtype is None or not dtype.is_floating_point:
+        if name.endswith("weight"):
+            raise ValueError(
+                f"{name} in {file} is stored as {dtype or 'an unknown type'}, quantised: load the model with its "
+                "library and use KappaProfile.from_model"
+            )
+        return
+    view = as_convolution if len(shape) == 3 and "conv" in name.lower() else view_of(shape)
+    yield Weight(name, shape, dtype, read, view)
+
+
+def _cached(model_id: str) -> Path:
+    missing = f"{model_id} is no file, no folder and no model in the local hub cache"
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise FileNotFoundError(f"{missing} (huggingface_hub is not installed)") from error
+    try:
+        return Path(snapshot_download(model_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"{missing}: give a path, or download it first") from error
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}

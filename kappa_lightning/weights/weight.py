@@ -1,0 +1,86 @@
+"""One weight: its name, how to read it, and how it is viewed as matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """A parameter that is a matrix, or a stack of matrices, under its first name.
+
+    Attributes:
+        name: the name that ``named_parameters()`` gives it, without the prefix of ``torch.compile``; of a tied
+            weight, the first one; in a checkpoint, the name there.
+        shape: its shape; of a quantised weight, the shape that it stands for.
+        dtype: its stored precision.
+        read: returns the whole tensor, dequantised if need be.
+        view: turns that tensor into matrices.
+        parameter: the parameter, if the weight is a model's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    view: View
+    parameter: nn.Parameter | None = None
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it holds several matrices, such as the fused experts of one layer."""
+        return self.view is as_stack and self.shape[0] > 1
+
+    def matrices(self) -> Tensor:
+        """The weight as the matrices that act on its inputs.
+
+        A Conv kernel becomes (1, out, in·kh·kw), one row for each output channel, whatever the layout that the layer
+        stores; a 3-D parameter of any other layer, such as fused experts, is (count, rows, cols).
+
+        Returns:
+            Shape (count, rows, cols), where the weight is; a view of its storage where strides allow.
+
+        Raises:
+            TypeError: if the weight is quantised in a way that cannot be read.
+            ValueError: if it has no values yet (a meta tensor or the parameter of a lazy layer).
+        """
+        return self.view(self.read())
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """(rows, cols) → (1, rows, cols)."""
+    return weight.unsqueeze(0)
+
+
+def as_stack(weight: Tensor) -> Tensor:
+    """(count, rows, cols), as it is."""
+    return weight
+
+
+def as_convolution(weight: Tensor) -> Tensor:
+    """(out, in, k…) → (1, out, in·k…)."""
+    return weight.flatten(1).unsqueeze(0)
+
+
+def as_transposed_convolution(weight: Tensor, groups: int) -> Tensor:
+    """(in, out/groups, k…) → (1, out, in/groups·k…)."""
+    inputs, outputs = weight.shape[:2]
+    grouped = weight.reshape(groups, inputs // groups, outputs, -1).transpose(1, 2)
+    return grouped.reshape(1, groups * outputs, -1)
+
+
+def view_of(shape: tuple[int, ...]) -> View:
+    """The view of a weight of which only the shape is known."""
+    return {2: as_matrix, 3: as_stack}.get(len(shape), as_convolution)
+
+
+def is_matrix_shape(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter of which only name and shape are known is a matrix."""
+    # The biases of fused experts are stacked into two dimensions; they are still vectors.
+    return not name.endswith("bias") and sum(size > 1 for size in shape) >= 2
