@@ -16,7 +16,8 @@ class Spectrum:
     """The ends and the sums of the singular values of a batch of matrices; float64 tensors of the batch's shape.
 
     Attributes:
-        kappa: condition number σ_max / σ_min; inf for a numerically rank-deficient matrix, σ_min ≤ max(rows, cols)·eps·σ_max.
+        kappa: condition number σ_max / σ_min; inf for a numerically rank-deficient matrix, σ_min ≤ max(rows,
+            cols)·eps·σ_max.
         sigma_max: largest singular value, in the unit of the entries.
         sigma_min: the smallest of the min(rows, cols) singular values; 0 when rank-deficient.
         log_volume: Σ ln σ_i over min(rows, cols) values, in nats; −inf when rank-deficient.
@@ -34,18 +35,18 @@ class Spectrum:
 
 
 @torch.no_grad()
-def spectrum(
-    matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory_budget: int | None = None
-) -> Spectrum:
+def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory_budget: int | None = None) -> Spectrum:
     """Compute condition numbers to a guaranteed relative error, and the values that come with them.
 
-    κ = σ_max / σ_min does not change when a matrix is transposed or multiplied by a number, and neither does what is computed:
-    each matrix is worked on in its tall orientation and divided by a power of two near its largest entry. ``solver="auto"``
-    goes from cheap to exact (:mod:`kappa_lightning.spectra.ladder`): a triangular factor, block Lanczos at both ends of its
-    spectrum, a measured bound for the factor (:func:`~kappa_lightning.spectra.factor.relative_backward_error`) and one for
-    the ends (:func:`~kappa_lightning.spectra.certificate.largest_eigenvalue_interval`); a matrix for which they do not add
-    up to ``rtol`` goes one rung up. The bounds hold except with a probability below 1e-9 over the random blocks, which
-    are the same in every call: equal weights give equal κ, and no random number generator is touched.
+    κ = σ_max / σ_min does not change when a matrix is transposed or multiplied by a number, and neither does what is
+    computed: each matrix is worked on in its tall orientation and divided by a power of two near its largest entry.
+    ``solver="auto"`` goes from cheap to exact (:mod:`kappa_lightning.spectra.ladder`): a triangular factor, block
+    Lanczos at both ends of its spectrum, a measured bound for the factor
+    (:func:`~kappa_lightning.spectra.factor.relative_backward_error`)
+    and one for the ends (:func:`~kappa_lightning.spectra.certificate.largest_eigenvalue_interval`); a matrix for
+    which they do not add up to ``rtol`` goes one rung up. The bounds hold except with a probability below 1e-9 over
+    the random blocks, which are the same in every call: equal weights give equal κ, and no random number generator is
+    touched.
 
     The input is neither modified nor kept, and no gradient flows.
 
@@ -60,13 +61,14 @@ def spectrum(
 
     Raises:
         TypeError: the dtype is not a real floating one.
-        ValueError: fewer than two dimensions, an empty matrix, an entry that is NaN or infinite, or an argument out of range.
+        ValueError: fewer than two dimensions, an empty matrix, an entry that is NaN or infinite, or an argument out
+            of range.
 
     Example:
         >>> import torch
         >>> result = spectrum(torch.diag(torch.tensor([8.0, 4.0, 2.0])))
         >>> result.kappa
-        tensor(4.0000, dtype=torch.float64)
+        tensor(4., dtype=torch.float64)
         >>> round(result.log_volume.exp().item(), 6)
         64.0
     """
@@ -77,7 +79,9 @@ def spectrum(
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     if not matrix.dtype.is_floating_point:
-        raise TypeError(f"singular values need a real floating dtype, got {matrix.dtype}; convert or dequantise it first")
+        raise TypeError(
+            f"singular values need a real floating dtype, got {matrix.dtype}; convert or dequantise it first"
+        )
     if matrix.ndim < 2:
         raise ValueError(f"expected at least 2 dimensions (..., rows, cols), got shape {tuple(matrix.shape)}")
     rows, cols = matrix.shape[-2:]
@@ -132,7 +136,7 @@ def condition_number(
     Example:
         >>> import torch
         >>> condition_number(1e-30 * torch.eye(3).expand(2, 3, 3))
-        tensor([1.0000, 1.0000], dtype=torch.float64)
+        tensor([1., 1.], dtype=torch.float64)
     """
     return spectrum(matrix, rtol=rtol, solver=solver, memory_budget=memory_budget).kappa
 

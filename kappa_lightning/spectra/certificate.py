@@ -2,8 +2,8 @@
 
 Both bounds rest on one fact about a Gaussian block Ω of 16 columns. For a fixed unit vector u the 16 entries of uᵀΩ are
 independent standard normals, so ‖uᵀΩ‖² is χ² with 16 degrees of freedom, and Chernoff's inequality gives
-P(χ²₁₆ ≤ t) ≤ (t/16)⁸ exp(8 − t/2), which is 2.5e-10 at t = 0.38. Every use below fails with at most that probability over
-the draw of Ω; one spectrum uses three blocks, hence the 1e-9 that the package states.
+P(χ²₁₆ ≤ t) ≤ (t/16)⁸ exp(8 − t/2), which is 2.5e-10 at t = 0.38. Every use below fails with at most that probability
+over the draw of Ω; one spectrum uses three blocks, hence the 1e-9 that the package states.
 """
 
 import math
@@ -20,7 +20,7 @@ OVERLAP = math.sqrt(0.38)
 
 
 def gaussian_block(rows: int, seed: int, device: torch.device) -> Tensor:
-    """Return the (rows, 16) standard normal block of a seed, float64, the same on every device and leaving global RNG alone."""
+    """Return the (rows, 16) standard normal block of a seed: float64, equal on all devices, private generator."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     return torch.randn(rows, BLOCK, generator=generator, dtype=torch.float64).to(device)
 
@@ -40,12 +40,13 @@ def largest_eigenvalue_interval(
 
     .. math:: \|u^T Q_1\| \le \|B_k E_k^T (\lambda - T)^{-1} E_1\| =: h(\lambda),
 
-    while a random start block has ‖uᵀQ₁‖ ≥ overlap. So no eigenvalue lies where h < overlap. h is evaluated on a grid; for λ in
-    [λ_i, λ_i + δ] the same line with λ_i in place of λ adds at most δ‖(λ_i − T)⁻¹E₁‖, and rounding errors of relative size
-    ``roundoff`` add roundoff·θ‖(λ_i − T)⁻¹E₁‖. Past the grid, at λ ≥ 5θ, the first k − 1 powers of T have no (k, 1) block,
-    so the Neumann series gives h(λ) ≤ ‖B_k‖/(λ − θ)·(θ/λ)^{k−1}, which only falls. Unlike a residual bound this says that
-    the value is the extreme one, and unlike the a-priori bounds of Kuczyński and Woźniakowski (SIAM J. Matrix Anal. Appl.
-    13, 1992), which allow for the worst spectrum, it uses the spectrum that the run has seen.
+    while a random start block has ‖uᵀQ₁‖ ≥ overlap. So no eigenvalue lies where h < overlap. h is evaluated on a
+    grid; for λ in [λ_i, λ_i + δ] the same line with λ_i in place of λ adds at most δ‖(λ_i − T)⁻¹E₁‖, and rounding
+    errors of relative size ``roundoff`` add roundoff·θ‖(λ_i − T)⁻¹E₁‖. Past the grid, at λ ≥ 5θ, the first k − 1
+    powers of T have no (k, 1) block, so the Neumann series gives h(λ) ≤ ‖B_k‖/(λ − θ)·(θ/λ)^{k−1}, which only falls.
+    Unlike a residual bound this says that the value is the extreme one, and unlike the a-priori bounds of Kuczyński
+    and Woźniakowski (SIAM J. Matrix Anal. Appl. 13, 1992), which allow for the worst spectrum, it uses the spectrum
+    that the run has seen.
 
     Args:
         diagonal_and_coupling: T, shape (batch, 16k, 16k), the block tridiagonal matrix.

@@ -10,18 +10,20 @@ from kappa_lightning.spectra.certificate import OVERLAP, gaussian_block
 from kappa_lightning.spectra.scaling import TallMatrices
 
 _PROBE_SEED = 0x6C69_6768
-# Column blocks of the Gram matrix; below the diagonal it is copied, which saves up to 7/16 of the work of a full product.
+# Column blocks of the Gram matrix; below the diagonal it is copied, which saves up to 7/16 of the work of a full
+# product.
 _GRAM_BLOCKS = 8
 _NARROWEST_GRAM_BLOCK = 256
-# Batched LAPACK-like kernels of a GPU are written for small matrices; above this order a loop of single calls is faster.
+# Batched LAPACK-like kernels of a GPU are written for small matrices; above this order a loop of single calls is
+# faster.
 _LARGEST_BATCHED_ORDER = 512
 
 
 def gram_cholesky(matrices: TallMatrices, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Factor by Cholesky of the Gram matrix, accumulated over blocks of rows.
 
-    The fastest factor there is on every device, since nearly all of it is a matrix product; it works on the square of κ and
-    gives out, or turns out inaccurate in :func:`relative_backward_error`, once κ²·eps is no longer small.
+    The fastest factor there is on every device, since nearly all of it is a matrix product; it works on the square of
+    κ and gives out, or turns out inaccurate in :func:`relative_backward_error`, once κ²·eps is no longer small.
 
     Args:
         matrices: shape (count, m, n).
@@ -29,21 +31,24 @@ def gram_cholesky(matrices: TallMatrices, dtype: torch.dtype, rows: int) -> tupl
         rows: how many rows to convert at a time; bounds the extra memory to count·rows·n numbers beside G and R.
 
     Returns:
-        The float64 Gram matrices, shape (count, n, n), the upper triangular float64 factors, same shape, and whether the
-        factorisation went through, shape (count,). Where it did not, R is the identity.
+        The float64 Gram matrices, shape (count, n, n), the upper triangular float64 factors, same shape, and whether
+        the factorisation went through, shape (count,). Where it did not, R is the identity.
     """
     n = matrices.cols
     width = max(-(-n // _GRAM_BLOCKS), min(n, _NARROWEST_GRAM_BLOCK))
-    gram = torch.zeros(matrices.count, n, n, dtype=dtype, device=matrices.entries.device)
+    gram = torch.empty(matrices.count, n, n, dtype=dtype, device=matrices.entries.device)
     with _full_precision_products(dtype):
-        for part in matrices.row_blocks(dtype, rows):
+        for index, part in enumerate(matrices.row_blocks(dtype, rows)):
             for first in range(0, n, width):
-                gram[..., first : first + width, first:] += part[..., first : first + width].mT @ part[..., first:]
+                target = gram[..., first : first + width, first:]
+                # beta = 0 makes the first block overwrite what the fresh memory holds.
+                target.baddbmm_(part[..., first : first + width].mT, part[..., first:], beta=float(index > 0))
     for first in range(width, n, width):
         gram[..., first : first + width, :first] = gram[..., :first, first : first + width].mT
     factor, info = _each(torch.linalg.cholesky_ex, gram)
     found = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    factor = torch.where(found[:, None, None], factor, torch.eye(n, dtype=dtype, device=gram.device))
+    if not bool(found.all()):
+        factor[~found] = torch.eye(n, dtype=dtype, device=gram.device)
     return gram.to(torch.float64), factor.to(torch.float64).mT, found
 
 
@@ -57,7 +62,7 @@ def qr_factor(matrices: TallMatrices, rows: int) -> Tensor:
         The upper triangular factors, float64, shape (count, n, n); the diagonal may be negative or zero.
     """
     blocks = matrices.row_blocks(torch.float64, max(rows, matrices.cols))
-    factor = torch.linalg.qr(next(blocks), mode="r").R
+    factor: Tensor = torch.linalg.qr(next(blocks), mode="r").R
     for part in blocks:
         factor = torch.linalg.qr(torch.cat([factor, part], dim=-2), mode="r").R
     return factor
@@ -78,9 +83,10 @@ def inverse_operator(factor: Tensor) -> Callable[[Tensor], Tensor]:
 def relative_backward_error(matrices: TallMatrices, factor: Tensor, rows: int, powers: int) -> tuple[Tensor, Tensor]:
     r"""Measure how well R stands for A: every σ_i(A)² is σ_i(R)² times a factor in [1 − f, 1 + f].
 
-    With F = R⁻ᵀAᵀAR⁻¹ − I and f = ‖F‖₂ < 1, Ostrowski's theorem applied to A = (AR⁻¹)R gives the statement for every i at
-    once (Eisenstat and Ipsen, SIAM J. Numer. Anal. 32, 1995, theorem 3.1). F is not formed: it is applied, in float64 and
-    with the caller's matrix, to a Gaussian block Ω, and since ‖F^pΩ‖_F ≥ ‖F‖₂^p ‖uᵀΩ‖ for its top eigenvector u,
+    With F = R⁻ᵀAᵀAR⁻¹ − I and f = ‖F‖₂ < 1, Ostrowski's theorem applied to A = (AR⁻¹)R gives the statement for every
+    i at once (Eisenstat and Ipsen, SIAM J. Numer. Anal. 32, 1995, theorem 3.1). F is not formed: it is applied, in
+    float64 and with the caller's matrix, to a Gaussian block Ω, and since ‖F^pΩ‖_F ≥ ‖F‖₂^p ‖uᵀΩ‖ for its top
+    eigenvector u,
 
     .. math:: f \le (\|F^p \Omega\|_F / 0.616)^{1/p}
 
@@ -91,7 +97,8 @@ def relative_backward_error(matrices: TallMatrices, factor: Tensor, rows: int, p
         matrices: the A's, shape (count, m, n).
         factor: the R's, float64, shape (count, n, n), with a nonzero diagonal.
         rows: how many rows of A to convert at a time.
-        powers: p; each costs another reading of A and makes the bound sharper, for p = 1 it exceeds ‖F‖₂ by up to √(16n/0.38).
+        powers: p; each costs another reading of A and makes the bound sharper, for p = 1 it exceeds ‖F‖₂ by up to
+            √(16n/0.38).
 
     Returns:
         f, inf where it is not below 1, and ‖A‖_F² accumulated in float64 on the way; both of shape (count,).
@@ -104,7 +111,7 @@ def relative_backward_error(matrices: TallMatrices, factor: Tensor, rows: int, p
         solved = torch.linalg.solve_triangular(factor, image, upper=True)
         product = torch.zeros_like(solved)
         for part in matrices.row_blocks(torch.float64, rows):
-            product += part.mT @ (part @ solved)
+            product.baddbmm_(part.mT, part @ solved)
             if power == 0:
                 norm_squared += torch.linalg.vector_norm(part, dim=(-2, -1)).square()
         image = torch.linalg.solve_triangular(factor.mT, product, upper=False) - image

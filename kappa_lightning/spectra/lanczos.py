@@ -47,19 +47,25 @@ def largest_eigenvalue(
         raise ValueError(f"block Lanczos needs an operator of order at least {3 * BLOCK}, got {size}")
     start = gaussian_block(size, _START_SEED, device)
     overlap = OVERLAP / float(torch.linalg.matrix_norm(start, 2))
-    basis = start.new_zeros(batch, size, BLOCK * (steps + 1))
+    basis = start.new_empty(batch, size, BLOCK * (steps + 1))
     basis[..., :BLOCK] = torch.linalg.qr(start).Q
     # Filler for directions in which the Krylov space ends (an orthogonal matrix ends it at once); far below roundoff.
     filler = basis[:1, :, :BLOCK].roll(1, dims=-2) * 1e-14
-    tridiagonal = start.new_zeros(batch, BLOCK * steps, BLOCK * steps)
+    tridiagonal = start.new_zeros(batch, 0, 0)
 
     lower = upper = start.new_full((batch,), torch.nan)
+    coupling = start[:0]
     for step in range(steps):
-        here, done = slice(step * BLOCK, (step + 1) * BLOCK), (step + 1) * BLOCK
+        done = (step + 1) * BLOCK
+        before, here = slice(done - 2 * BLOCK, done - BLOCK), slice(done - BLOCK, done)
         spanned = basis[..., :done]
         image = operator(basis[..., here])
         projection = spanned.mT @ image
         diagonal = projection[..., -BLOCK:, :]
+        tridiagonal = torch.nn.functional.pad(tridiagonal, (0, BLOCK, 0, BLOCK))
+        if step:
+            tridiagonal[..., here, before] = coupling
+            tridiagonal[..., before, here] = coupling.mT
         tridiagonal[..., here, here] = (diagonal + diagonal.mT) / 2
         image = image - spanned @ projection
         image = image + filler * torch.linalg.matrix_norm(diagonal)[..., None, None]
@@ -67,26 +73,22 @@ def largest_eigenvalue(
         basis[..., done : done + BLOCK] = block
         if step + 1 in _CHECKED_STEPS or step + 1 == steps:
             lower, upper = largest_eigenvalue_interval(
-                tridiagonal[..., :done, :done], coupling, overlap, tolerance, lambda top: 1e-12 + roundoff(top)
+                tridiagonal, coupling, overlap, tolerance, lambda top: 1e-12 + roundoff(top)
             )
             if bool((upper <= (1 + tolerance) * lower).all()):
                 break
-        if step + 1 < steps:
-            there = slice(done, done + BLOCK)
-            tridiagonal[..., there, here] = coupling
-            tridiagonal[..., here, there] = coupling.mT
     return lower, upper
 
 
 def _orthonormalise(image: Tensor, spanned: Tensor) -> tuple[Tensor, Tensor]:
     """Factor image = block @ coupling with block orthonormal and orthogonal to ``spanned``.
 
-    Shifted Cholesky QR, three passes (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42, 2020):
-    matrix products and 16×16 factorisations only, where a GPU's batched Householder QR would dominate the run.
+    Shifted Cholesky QR, three passes (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42,
+    2020): matrix products and 16×16 factorisations only, where a GPU's batched Householder QR would dominate the run.
     """
     coupling = torch.eye(BLOCK, dtype=image.dtype, device=image.device)
     identity = coupling
-    for sweep in range(4):
+    for sweep in range(3):
         if sweep:
             image = image - spanned @ (spanned.mT @ image)
         gram = image.mT @ image

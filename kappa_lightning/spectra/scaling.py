@@ -47,20 +47,29 @@ class TallMatrices:
         """Select matrices by a slice (a view) or by an index tensor (a copy)."""
         return TallMatrices(self.entries[members], self.exponent[members])
 
-    def scaled(self, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
-        """Return rows first:last of the scaled matrices, a new tensor of shape (count, last − first, cols)."""
-        # The product promotes to float64, where 2^−exponent is a number even for a subnormal float32 matrix; for a
-        # float64 matrix it need not be one, so it comes in two factors.
-        half = self.exponent // 2 if self.entries.dtype == torch.float64 else torch.zeros_like(self.exponent)
-        part = self.entries[:, first:last] * _power_of_two(half - self.exponent)[:, None, None]
-        if self.entries.dtype == torch.float64:
-            part.mul_(_power_of_two(-half)[:, None, None])
-        return part.to(dtype)
+    def scaled(self, dtype: torch.dtype) -> Tensor:
+        """Return the scaled matrices, a new tensor of shape (count, rows, cols) in the memory order of ``entries``."""
+        return next(self.row_blocks(dtype, self.rows))
 
     def row_blocks(self, dtype: torch.dtype, rows: int) -> Iterator[Tensor]:
-        """Yield the scaled matrices from top to bottom, at most ``rows`` rows at a time."""
+        """Yield the scaled matrices from top to bottom, at most ``rows`` rows at a time.
+
+        Every block is written over the one before: fresh memory costs more than the conversion.
+        """
+        # In float64 2^−exponent is a number even for a subnormal float32 matrix; for a float64 matrix it need not be
+        # one, so it comes in two factors.
+        half = self.exponent // 2 if self.entries.dtype == torch.float64 else torch.zeros_like(self.exponent)
+        scale, rest = _power_of_two(half - self.exponent)[:, None, None], _power_of_two(-half)[:, None, None]
+        block = torch.empty_like(self.entries[:, :rows], dtype=torch.float64)
+        rounded = block if dtype == torch.float64 else torch.empty_like(block, dtype=dtype)
         for first in range(0, self.rows, rows):
-            yield self.scaled(dtype, first, first + rows)
+            source = self.entries[:, first : first + rows]
+            part = block[:, : source.shape[-2]]
+            # Not one mixed product: the CPU would first convert into a temporary.
+            part.copy_(source).mul_(scale)
+            if self.entries.dtype == torch.float64:
+                part.mul_(rest)
+            yield part if rounded is block else rounded[:, : source.shape[-2]].copy_(part)
 
     def unscale(self, values: Tensor) -> Tensor:
         """Scale singular values or norms of shape (count,) back to those of the caller's matrices."""
@@ -69,7 +78,7 @@ class TallMatrices:
 
     def unscale_log_volume(self, log_volume: Tensor) -> Tensor:
         """Scale Σ ln σ of shape (count,) back to that of the caller's matrices."""
-        return log_volume + self.cols * math.log(2.0) * self.exponent
+        return log_volume + self.cols * math.log(2.0) * self.exponent.to(torch.float64)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

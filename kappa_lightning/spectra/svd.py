@@ -1,5 +1,7 @@
 """All singular values in float64: the exact rung, and the judge of numerical rank."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from kappa_lightning.spectra.values import Values
 
 # From here on a QR in front of the bidiagonalisation is cheaper than carrying the long columns through it.
 _VERY_TALL = 1.6
+_EPS: float = torch.finfo(torch.float64).eps
 
 
 def svd_values(matrices: TallMatrices, rows: int) -> Values:
@@ -37,12 +40,12 @@ def rounding_error(kappa: Tensor, cols: int) -> Tensor:
     """Bound the relative error of a κ found by orthogonal transformations in float64.
 
     They are backward stable: the values are those of A + ΔA with ‖ΔA‖₂ ≤ p(n)·eps·‖A‖₂ (Golub and Van Loan, Matrix
-    Computations, 4th ed., §8.6), and by Weyl's inequality σ_min then moves by at most p(n)·eps·κ of itself. The textbooks'
-    polynomials p are far from sharp; 4√n is used here, which the tests hold against values to 40 digits.
+    Computations, 4th ed., §8.6), and by Weyl's inequality σ_min then moves by at most p(n)·eps·κ of itself. The
+    textbooks' polynomials p are far from sharp; 4√n is used here, which the tests hold against values to 40 digits.
     """
-    return 4 * cols**0.5 * torch.finfo(torch.float64).eps * kappa
+    return 4 * math.sqrt(cols) * _EPS * kappa
 
 
 def is_rank_deficient(smallest: Tensor, largest: Tensor, matrices: TallMatrices) -> Tensor:
     """Whether σ_min ≤ max(rows, cols)·eps·σ_max, the numerical rank of NumPy's ``matrix_rank``."""
-    return smallest <= matrices.rows * torch.finfo(torch.float64).eps * largest
+    return smallest <= matrices.rows * _EPS * largest

@@ -11,13 +11,11 @@ from kappa_lightning.spectra.scaling import TallMatrices
 from kappa_lightning.spectra.svd import is_rank_deficient, rounding_error
 from kappa_lightning.spectra.values import Values
 
-LANCZOS_FROM = 192
-"""Below this many columns all singular values of R cost less than the two Lanczos runs."""
+SMALLEST_LANCZOS = 48
+"""The block size leaves no room for Lanczos in fewer columns."""
 
 
-def gram_values(
-    matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dtype, lanczos_from: int = LANCZOS_FROM
-) -> Values:
+def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dtype, lanczos_from: int) -> Values:
     """Take the values from the Cholesky factor of AᵀA; ``rtol`` of the result is inf where that failed.
 
     Args:
@@ -39,7 +37,7 @@ def gram_values(
     return Values(values.sigma_max, values.sigma_min, values.log_volume, norm_squared.sqrt(), values.rtol)
 
 
-def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int = LANCZOS_FROM) -> Values:
+def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int) -> Values:
     """Take the values from the R of a float64 QR, which also tells a rank-deficient matrix.
 
     Args:
@@ -58,9 +56,9 @@ def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int 
     # σ_min found this way is that of some vector, hence an upper bound: small enough, it settles the rank.
     backward = rounding_error(torch.ones_like(error), matrices.cols) * values.sigma_max
     deficient = is_rank_deficient(values.sigma_min + backward, values.sigma_max, matrices)
-    return Values(
-        values.sigma_max, values.sigma_min, values.log_volume, norm_squared.sqrt(), values.rtol
-    ).with_rank(deficient)
+    return Values(values.sigma_max, values.sigma_min, values.log_volume, norm_squared.sqrt(), values.rtol).with_rank(
+        deficient
+    )
 
 
 def _read_off(
@@ -80,7 +78,7 @@ def _read_off(
     frobenius_norm = torch.linalg.matrix_norm(factor)
     stretch = ((1 + error) / (1 - error)).sqrt()
 
-    if n < max(lanczos_from, 48):
+    if n < max(lanczos_from, SMALLEST_LANCZOS):
         sigma = torch.linalg.svdvals(factor)
         sigma_max, sigma_min = sigma[..., 0], sigma[..., -1]
         width = torch.ones_like(sigma_max)
@@ -103,7 +101,7 @@ def _read_off(
     attained = stretch * width - 1 + rounding
     # The factor is good and only Lanczos did not settle, as when a hundred singular values crowd at an end.
     crowded = ~(attained <= rtol) & (stretch - 1 + rounding <= rtol)
-    if n >= max(lanczos_from, 48) and bool(crowded.any()):
+    if n >= max(lanczos_from, SMALLEST_LANCZOS) and bool(crowded.any()):
         members = crowded.nonzero().squeeze(-1)
         sigma = torch.linalg.svdvals(factor[members])
         sigma_max = sigma_max.index_put((members,), sigma[..., 0])
