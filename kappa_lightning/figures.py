@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from kappa_lightning.profile import KappaProfile
+from kappa_lightning.roles import depth_and_role
 
 _NAMED = 5  # More labels than this overlap at the size at which TensorBoard shows a picture.
 
@@ -53,3 +57,67 @@ def drift_figure(baseline: Mapping[str, float], history: Sequence[Mapping[str, A
     lines.xaxis.get_major_locator().set_params(integer=True)
     lines.legend(fontsize=7, loc="upper left", title="furthest from fit start", title_fontsize=7)
     return figure
+
+
+def profile_figure(profile: KappaProfile, selected: Collection[str] = (), *, title: str = "") -> Figure:
+    """Layer depth by tensor role, coloured by log10 κ, with a dot on what trains.
+
+    Several tensors of one role in one layer (separate experts) share a cell, coloured by their median κ; the dot
+    shows if any of them trains. An infinite κ is hatched.
+
+    Args:
+        profile: the condition numbers.
+        selected: the names that train.
+        title: written above.
+
+    Returns:
+        A figure that is not attached to pyplot; its height grows with the number of roles, its width with the depth.
+    """
+    cells: dict[tuple[str, int | None], list[str]] = {}
+    for row in profile:
+        depth, role = depth_and_role(row.name)
+        cells.setdefault((role, depth), []).append(row.name)
+    roles = list(dict.fromkeys(role for role, _ in cells))
+    depths = sorted({depth for _, depth in cells if depth is not None})
+    columns: list[int | None] = [*([None] if any(depth is None for _, depth in cells) else []), *depths]
+    grid = np.full((len(roles), len(columns)), np.nan)
+    for (role, depth), names in cells.items():
+        kappa = float(np.median([profile[name].kappa for name in names]))
+        grid[roles.index(role), columns.index(depth)] = np.log10(kappa)
+    finite = grid[np.isfinite(grid)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+
+    labels = _short(roles)
+    width = 2.4 + 0.075 * max(map(len, labels)) + max(2.5, 0.3 * len(columns))
+    figure = Figure(figsize=(width, 1.5 + 0.28 * len(roles)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        np.where(np.isinf(grid), np.nan, grid), cmap="viridis", vmin=low, vmax=max(high, low + 1e-6), aspect="auto"
+    )
+    for row_index, column in zip(*np.nonzero(np.isinf(grid)), strict=True):
+        corner = (column - 0.5, row_index - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, facecolor="0.9", edgecolor="0.5", hatch="///", linewidth=0))
+    chosen = set(selected)
+    dots = [
+        (columns.index(depth), roles.index(role))
+        for (role, depth), names in cells.items()
+        if chosen.intersection(names)
+    ]
+    if dots:
+        x, y = zip(*dots, strict=True)
+        axes.scatter(x, y, s=26, c="white", edgecolors="black", linewidths=0.9, label="trains")
+        figure.legend(loc="outside upper right", fontsize=8, frameon=False)
+    axes.set_yticks(range(len(roles)), labels, fontsize=7)
+    ticks = list(range(0, len(columns), max(1, len(columns) // 16)))
+    axes.set_xticks(ticks, ["–" if columns[t] is None else str(columns[t]) for t in ticks], fontsize=7)
+    axes.set_xlabel("layer", fontsize=8)
+    axes.set_title(title, fontsize=9)
+    bar = figure.colorbar(image, ax=axes, pad=0.01)
+    bar.set_label("log₁₀ κ", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def _short(roles: Sequence[str]) -> list[str]:
+    """Roles without the ending that nearly all share."""
+    return [role.removesuffix(".weight") for role in roles]

@@ -202,9 +202,9 @@ class AccuracyProbe(Probe):
         predict = logits or _class_logits
 
         def step(module: nn.Module, batch: Any) -> Tensor:
-            labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+            labels: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
             correct = predict(module, batch).argmax(-1) == labels
-            return correct[labels != IGNORED].float()
+            return torch.as_tensor(correct)[labels != IGNORED].float()
 
         super().__init__(dataloader, MeanCorrect(), step, name="accuracy")
 

@@ -23,6 +23,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -215,7 +216,7 @@ class ImageTextModel(pl.LightningModule):
         if batch_idx == 0 and not self.trainer.sanity_checking:
             self._show(batch, guesses[0])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with one learning rate for the pretrained part and one for the new part, warmed up and decayed."""
         new = [*self.vision.parameters(), self.log_temperature]
         optimizer = torch.optim.AdamW(

@@ -18,7 +18,9 @@ from typing_extensions import override
 
 from kappa_lightning.callbacks.progress import track
 from kappa_lightning.callbacks.reporting import log_text
-from kappa_lightning.profile import KappaProfile, included, iter_rows
+from kappa_lightning.profile import KappaProfile
+from kappa_lightning.profile.profile import included
+from kappa_lightning.profile.row import EXPERTS
 from kappa_lightning.selection import CRITERIA, Budget, rank, select
 from kappa_lightning.spectra import check_options
 from kappa_lightning.strategies import adapter_for
@@ -57,6 +59,7 @@ class KappaFreezeCallback(Callback):
         rtol: see :func:`kappa_lightning.spectrum`.
         profile: a :class:`~kappa_lightning.KappaProfile` of the model's weights, or the path of its file, which is
             computed and written if there is none.
+        experts: how the κ of fused experts combine into the tensor's: ``"mean"``, ``"median"`` or ``"max"``.
 
     Attributes:
         profile: the :class:`~kappa_lightning.KappaProfile` of the candidates, after fit start.
@@ -99,6 +102,7 @@ class KappaFreezeCallback(Callback):
         solver: str = "auto",
         rtol: float = 1e-3,
         profile: KappaProfile | str | os.PathLike[str] | None = None,
+        experts: str = "mean",
     ) -> None:
         super().__init__()
         if all(limit is None for limit in (top_p, num_tensors, max_kappa, max_params)):
@@ -117,6 +121,9 @@ class KappaFreezeCallback(Callback):
         self.exclude = tuple(exclude)
         self.always_train = tuple(always_train)
         self.train_vectors = train_vectors
+        if experts not in EXPERTS:
+            raise ValueError(f"experts={experts!r} is unknown: use one of {', '.join(map(repr, EXPERTS))}")
+        self.experts = experts
         self.solver = solver
         self.rtol = rtol
         self.profile: KappaProfile | None = profile if isinstance(profile, KappaProfile) else None
@@ -260,12 +267,17 @@ class KappaFreezeCallback(Callback):
             profile = known.restrict(weight.name for weight in candidates)
             profile.check(module)
             return profile
-        rows = iter_rows(candidates, device=trainer.strategy.root_device, solver=self.solver, rtol=self.rtol)
-        shown = track(trainer, rows, total=len(candidates), description="Condition numbers", unit="tensor")
-        profile = KappaProfile(shown, solver=self.solver, rtol=self.rtol)
-        if self.profile_path is not None and trainer.is_global_zero:
-            profile.save(self.profile_path)
-        return profile
+        return KappaProfile.from_weights(
+            candidates,
+            device=trainer.strategy.root_device,
+            solver=self.solver,
+            rtol=self.rtol,
+            experts=self.experts,
+            save_to=self.profile_path,
+            watch=lambda rows: track(
+                trainer, rows, total=len(candidates), description="Condition numbers", unit="tensor"
+            ),
+        )
 
     def _plan_from_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule) -> _Plan:
         if self._restored is None:
@@ -306,6 +318,7 @@ class KappaFreezeCallback(Callback):
         return {
             **vars(self.budget),
             "criterion": self.criterion,
+            "experts": self.experts,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "always_train": list(self.always_train),

@@ -17,7 +17,8 @@ from typing_extensions import override
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.progress import track
 from kappa_lightning.callbacks.reporting import log_figure, log_scalars, publish, shows_pictures
-from kappa_lightning.profile import KappaProfile, iter_rows
+from kappa_lightning.profile import KappaProfile
+from kappa_lightning.profile.compute import compute_rows
 from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
 
 
@@ -160,7 +161,7 @@ class KappaMonitor(Callback):
     ) -> dict[str, float]:
         kappas = {name: known[name].kappa for name in weights if known is not None and name in known}
         pending = [weight for name, weight in weights.items() if name not in kappas]
-        rows = iter_rows(pending, device=trainer.strategy.root_device, solver="auto", rtol=1e-3)
+        rows = compute_rows(pending, device=trainer.strategy.root_device)
         for row in track(trainer, rows, total=len(pending), description="Condition numbers", unit="tensor"):
             kappas[row.name] = row.kappa
         return kappas

@@ -5,6 +5,7 @@ The way of a batch: :mod:`_spectrum` checks it, :mod:`scaling` orients and scale
 argument that a value found is the extreme one.
 """
 
-from kappa_lightning.spectra._spectrum import Spectrum, condition_number, spectrum
+from kappa_lightning.spectra._spectrum import Spectrum, check_options, condition_number, spectrum
+from kappa_lightning.spectra.ladder import SOLVERS, free_memory
 
-__all__ = ["Spectrum", "condition_number", "spectrum"]
+__all__ = ["SOLVERS", "Spectrum", "check_options", "condition_number", "free_memory", "spectrum"]

@@ -1,7 +1,8 @@
 """The public functions: a batch of matrices in, their condition numbers and what comes with them out."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class Spectrum:
     log_volume: Tensor
     frobenius_norm: Tensor
     rtol: Tensor
+
+    def __getitem__(self, index: Any) -> "Spectrum":
+        """The spectrum of one matrix, or of a slice, of the batch."""
+        return Spectrum(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 @torch.no_grad()
@@ -72,10 +77,7 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
         >>> round(result.log_volume.exp().item(), 6)
         64.0
     """
-    if not 0 < rtol < math.inf:
-        raise ValueError(f"rtol must be positive and finite, got {rtol}")
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(map(repr, SOLVERS))}")
+    check_options(solver=solver, rtol=rtol)
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     if not matrix.dtype.is_floating_point:
@@ -139,6 +141,14 @@ def condition_number(
         tensor([1., 1.], dtype=torch.float64)
     """
     return spectrum(matrix, rtol=rtol, solver=solver, memory_budget=memory_budget).kappa
+
+
+def check_options(*, solver: str, rtol: float) -> None:
+    """Raise a ValueError that names the option if ``solver`` or ``rtol`` is out of range."""
+    if not 0 < rtol < math.inf:
+        raise ValueError(f"rtol={rtol!r} must be positive and finite")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is unknown: use one of {', '.join(map(repr, SOLVERS))}")
 
 
 def _assemble(values: Values, batch: torch.Size, ratio: Tensor | None = None) -> Spectrum:

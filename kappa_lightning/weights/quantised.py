@@ -39,7 +39,8 @@ def dequantise(name: str, parameter: Tensor, layer: nn.Module) -> Tensor:
         if kind == "Int8Params" and parameter.dtype == torch.int8:
             # The layer takes the scales over at its first forward pass.
             state = getattr(layer, "state", None)
-            scales = parameter.SCB if getattr(parameter, "SCB", None) is not None else getattr(state, "SCB", None)
+            scales = getattr(parameter, "SCB", None)
+            scales = getattr(state, "SCB", None) if scales is None else scales
             if scales is not None:
                 return _bitsandbytes(name).functional.int8_vectorwise_dequant(parameter.data, scales)  # type: ignore[no-any-return]
         if parameter.is_floating_point() and kind in ("Params4bit", "Int8Params"):

@@ -37,6 +37,20 @@ class Weight:
         """Whether it holds several matrices, such as the fused experts of one layer."""
         return self.view is as_stack and self.shape[0] > 1
 
+    @property
+    def stack_shape(self) -> tuple[int, int, int]:
+        """(count, rows, cols) of :meth:`matrices`, without reading the weight."""
+        count, rows, cols = self.view(torch.empty(self.shape, device="meta")).shape
+        return count, rows, cols
+
+    @property
+    def cost(self) -> int:
+        """What a decomposition costs, in units of count · rows · cols · min(rows, cols)."""
+        if not self.shape:
+            return 1  # a lazy layer's, which will be refused when it is read
+        count, rows, cols = self.stack_shape
+        return count * rows * cols * min(rows, cols)
+
     def matrices(self) -> Tensor:
         """The weight as the matrices that act on its inputs.
 

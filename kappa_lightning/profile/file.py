@@ -26,7 +26,7 @@ def write_profile_file(path: str | os.PathLike[str], profile: dict[str, Any]) ->
         "versions": {"kappa_lightning": version("kappa-lightning"), "torch": torch.__version__},
         **profile,
     }
-    text = json.dumps(_map(document, _encode), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(encode(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     # In the target's own folder, since a rename is atomic only within one file system.
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
@@ -63,20 +63,21 @@ def read_profile_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} has schema version {schema}, and this version of kappa-lightning reads {SCHEMA_VERSION}: "
             "update the package, or profile again"
         )
-    profile: dict[str, Any] = _map(document, _decode)
-    missing = {"rows", "solver", "rtol"} - profile.keys()
+    profile: dict[str, Any] = decode(document)
+    missing = {"rows", "solver", "rtol", "experts"} - profile.keys()
     if missing:
         raise ValueError(f"{path} is a damaged profile without {', '.join(sorted(missing))}: profile again")
     return profile
 
 
-def _encode(value: Any) -> Any:
-    # JSON has no infinity; as a string every reader takes it, and Python's float() reads it back.
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def encode(value: Any) -> Any:
+    """Plain data with every infinite number as a string, which JSON and all of its readers take."""
+    return _map(value, lambda leaf: str(leaf) if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
 
 
-def _decode(value: Any) -> Any:
-    return float(value) if value in ("inf", "-inf") else value
+def decode(value: Any) -> Any:
+    """The inverse of :func:`encode`."""
+    return _map(value, lambda leaf: float(leaf) if leaf in ("inf", "-inf") else leaf)
 
 
 def _map(value: Any, leaf: Any) -> Any:

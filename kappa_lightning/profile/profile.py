@@ -1,61 +1,33 @@
-"""A model's condition numbers, one row a tensor: computed, saved, checked against weights, and selected from."""
+"""The profile of a model: its rows, and what is done with them."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from tqdm.auto import tqdm
 
 from kappa_lightning.fingerprint import fingerprint
-from kappa_lightning.profile_file import read_profile_file, write_profile_file
+from kappa_lightning.profile.compute import compute_rows
+from kappa_lightning.profile.file import read_profile_file, write_profile_file
+from kappa_lightning.profile.journal import Journal
+from kappa_lightning.profile.row import EXPERTS, KappaRow
 from kappa_lightning.selection import Budget, select
-from kappa_lightning.spectra import Spectrum, spectrum
-from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
+from kappa_lightning.weights import (
+    Weight,
+    checkpoint_weights,
+    find_weights,
+    match_names,
+    plain_parameters,
+    tied_names,
+)
 
-
-@dataclass(frozen=True, slots=True)
-class KappaRow:
-    """One tensor of a profile: a :class:`~kappa_lightning.Spectrum` as plain numbers, and where it came from.
-
-    Of a stack of matrices, such as fused experts, ``sigma_max``, ``sigma_min``, ``log_volume`` and
-    ``frobenius_norm`` are those of the block-diagonal matrix of all of them.
-
-    Attributes:
-        name: the parameter's name.
-        shape: the parameter's shape, as stored.
-        kappa: condition number; of a stack, the mean over its matrices, as in PEFT.
-        sigma_max: largest singular value, in the unit of the weights.
-        sigma_min: smallest of the min(rows, cols) singular values.
-        log_volume: Σ ln σ_i, in nats.
-        frobenius_norm: root of the sum of squares.
-        rtol: the relative error of ``kappa`` that is guaranteed.
-        kappas: of a stack, the κ of each matrix; otherwise ``None``.
-        dtype: the stored precision, such as ``"float32"``.
-        fingerprint: identifies the stored content.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kappa: float
-    sigma_max: float
-    sigma_min: float
-    log_volume: float
-    frobenius_norm: float
-    rtol: float
-    kappas: tuple[float, ...] | None
-    dtype: str
-    fingerprint: str
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of entries of the tensor."""
-        return math.prod(self.shape)
+Watch = Callable[[Iterator[KappaRow]], Iterable[KappaRow]]
 
 
 class KappaProfile:
@@ -67,6 +39,7 @@ class KappaProfile:
         rows: the rows, with distinct names.
         solver: the solver that computed them.
         rtol: the relative error that was asked for.
+        experts: how the κ of fused experts were combined.
 
     Example:
         >>> import torch
@@ -82,10 +55,13 @@ class KappaProfile:
         ['2.weight']
     """
 
-    def __init__(self, rows: Iterable[KappaRow], *, solver: str = "auto", rtol: float = 1e-3) -> None:
+    def __init__(
+        self, rows: Iterable[KappaRow], *, solver: str = "auto", rtol: float = 1e-3, experts: str = "mean"
+    ) -> None:
         self._rows = {row.name: row for row in rows}
         self.solver = solver
         self.rtol = rtol
+        self.experts = experts
 
     @classmethod
     def from_model(
@@ -98,17 +74,22 @@ class KappaProfile:
         progress: bool = True,
         solver: str = "auto",
         rtol: float = 1e-3,
+        experts: str = "mean",
+        save_to: str | os.PathLike[str] | None = None,
     ) -> KappaProfile:
-        """Decompose the matrices of a module, one tensor after the other.
+        """Decompose the matrices of a module.
 
         Args:
             module: any module; it is not changed.
             include: globs over the names of ``named_parameters()``; only what one of them matches is profiled.
             exclude: globs of what is left out of that.
-            device: where to compute; by default where each tensor is. One tensor at a time is moved there.
+            device: where to compute; by default where each tensor is. Only what is being worked on is copied there.
             progress: whether to show a progress bar on standard error.
             solver: see :func:`~kappa_lightning.spectrum`.
             rtol: see :func:`~kappa_lightning.spectrum`.
+            experts: how the κ of fused experts combine into the tensor's: ``"mean"``, ``"median"`` or ``"max"``.
+            save_to: the file to save the profile to. Finished rows are kept beside it, in ``<file>.partial``, from
+                where an interrupted pass goes on the next time.
 
         Raises:
             TypeError: if a weight is quantised and cannot be read.
@@ -118,10 +99,79 @@ class KappaProfile:
         weights = included(module, include, exclude)
         if not weights:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
-        rows: Iterable[KappaRow] = iter_rows(weights, device=device, solver=solver, rtol=rtol)
-        if progress:
-            rows = tqdm(rows, total=len(weights), desc="Condition numbers", unit="tensor", leave=False)
-        return cls(rows, solver=solver, rtol=rtol)
+        watch = progress_bar(weights) if progress else None
+        return cls.from_weights(
+            weights, device=device, solver=solver, rtol=rtol, experts=experts, save_to=save_to, watch=watch
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        device: torch.device | str | None = None,
+        progress: bool = True,
+        solver: str = "auto",
+        rtol: float = 1e-3,
+        experts: str = "mean",
+        save_to: str | os.PathLike[str] | None = None,
+    ) -> KappaProfile:
+        """Decompose the matrices of a checkpoint, read from disk one tensor at a time.
+
+        Args:
+            path: a ``.safetensors`` file, a folder with one or with an index and its shards, a Lightning ``.ckpt`` or
+                another ``state_dict`` file (read without running code), or a hub id that is in the local cache.
+            include: as in :meth:`from_model`, over the names in the checkpoint.
+            exclude: as in :meth:`from_model`.
+            device: where to compute, by default the CPU.
+            progress: as in :meth:`from_model`.
+            solver: as in :meth:`from_model`.
+            rtol: as in :meth:`from_model`.
+            experts: as in :meth:`from_model`.
+            save_to: as in :meth:`from_model`.
+
+        Raises:
+            FileNotFoundError: if there is no such file or cached model, or a shard is missing.
+            ValueError: as in :meth:`from_model`, or if the file is corrupt, foreign or quantised.
+        """
+        weights = checkpoint_weights(path)
+        names = [weight.name for weight in weights]
+        wanted = match_names(names, include, argument="include", aliases={})
+        wanted -= match_names(names, exclude, argument="exclude", aliases={})
+        weights = [weight for weight in weights if weight.name in wanted]
+        if not weights:
+            raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
+        watch = progress_bar(weights) if progress else None
+        return cls.from_weights(
+            weights, device=device or "cpu", solver=solver, rtol=rtol, experts=experts, save_to=save_to, watch=watch
+        )
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Sequence[Weight],
+        *,
+        device: torch.device | str | None,
+        solver: str,
+        rtol: float,
+        experts: str = "mean",
+        save_to: str | os.PathLike[str] | None = None,
+        watch: Watch | None = None,
+    ) -> KappaProfile:
+        """Decompose weights that were found already; ``watch`` sees the rows as they come, to show progress."""
+        if experts not in EXPERTS:
+            raise ValueError(f"experts={experts!r} is unknown: use one of {', '.join(map(repr, EXPERTS))}")
+        settings = {"solver": solver, "rtol": rtol, "experts": experts}
+        journal = None if save_to is None else Journal(f"{os.fspath(save_to)}.partial", settings)
+        rows = compute_rows(weights, device=device, solver=solver, rtol=rtol, experts=experts, journal=journal)
+        finished = {row.name: row for row in (rows if watch is None else watch(rows))}
+        profile = cls((finished[weight.name] for weight in weights), solver=solver, rtol=rtol, experts=experts)
+        if journal is not None and save_to is not None:
+            profile.save(save_to)
+            journal.remove()
+        return profile
 
     def select(
         self,
@@ -152,7 +202,8 @@ class KappaProfile:
         Raises:
             KeyError: if a name has no row.
         """
-        return KappaProfile((self[name] for name in names), solver=self.solver, rtol=self.rtol)
+        rows = (self[name] for name in names)
+        return KappaProfile(rows, solver=self.solver, rtol=self.rtol, experts=self.experts)
 
     def check(self, module: nn.Module) -> None:
         """Make sure that this is the profile of a module's present weights.
@@ -166,7 +217,7 @@ class KappaProfile:
             weight = weights.get(row.name)
             if weight is None:
                 raise ValueError(f"the profile is another model's: it has {row.name}, which this model has not")
-            shape, dtype = weight.shape, _name_of(weight.dtype)
+            shape, dtype = weight.shape, str(weight.dtype).removeprefix("torch.")
             if (shape, dtype) != (row.shape, row.dtype):
                 raise ValueError(
                     f"the profile is another model's: {row.name} is {dtype} of shape {shape} here and {row.dtype} of "
@@ -189,19 +240,22 @@ class KappaProfile:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is truncated, is no profile, or comes from a newer version of this package.
         """
-        return cls.from_dict(read_profile_file(path))
+        document = read_profile_file(path)
+        try:
+            return cls.from_dict(document)
+        except ValueError as error:
+            raise ValueError(f"{path} is a damaged profile: {error}; profile again") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as plain lists, numbers and strings, for a checkpoint or a file."""
-        return {"solver": self.solver, "rtol": self.rtol, "rows": [asdict(row) for row in self]}
+        settings = {"solver": self.solver, "rtol": self.rtol, "experts": self.experts}
+        return {**settings, "rows": [row.to_dict() for row in self]}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> KappaProfile:
         """The inverse of :meth:`to_dict`."""
-        rows = (
-            KappaRow(**{**row, "shape": tuple(row["shape"]), "kappas": _tuple(row["kappas"])}) for row in state["rows"]
-        )
-        return cls(rows, solver=state["solver"], rtol=state["rtol"])
+        rows = [KappaRow.from_dict(entry) for entry in state["rows"]]
+        return cls(rows, solver=state["solver"], rtol=state["rtol"], experts=state["experts"])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -234,40 +288,21 @@ def included(module: nn.Module, include: Sequence[str], exclude: Sequence[str]) 
     return [weight for weight in find_weights(module) if weight.name in wanted]
 
 
-def iter_rows(
-    weights: Iterable[Weight], *, device: torch.device | str | None, solver: str, rtol: float
-) -> Iterator[KappaRow]:
-    """Decompose weights one after the other, each on ``device`` or, for ``None``, where it is."""
-    for weight in weights:
-        stored = weight.read()
-        matrices = weight.view(stored)
-        try:
-            spectra = spectrum(matrices if device is None else matrices.to(device), solver=solver, rtol=rtol)
-        except ValueError as error:
-            raise ValueError(f"{weight.name}: {error}") from error
-        yield _row(weight, spectra, fingerprint(stored))
+def progress_bar(weights: Sequence[Weight]) -> Watch:
+    """A progress bar on standard error whose estimate of the time left knows that large matrices take longer."""
+    costs = {weight.name: weight.cost for weight in weights}
 
+    def watch(rows: Iterator[KappaRow]) -> Iterator[KappaRow]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[finished]}/{task.fields[number]} tensors"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("Condition numbers", total=sum(costs.values()), finished=0, number=len(costs))
+            for finished, row in enumerate(rows, start=1):
+                progress.update(task, advance=costs[row.name], finished=finished)
+                yield row
 
-def _row(weight: Weight, spectra: Spectrum, content: str) -> KappaRow:
-    kappas = spectra.kappa.tolist()
-    return KappaRow(
-        name=weight.name,
-        shape=weight.shape,
-        kappa=float(spectra.kappa.mean()),
-        sigma_max=float(spectra.sigma_max.max()),
-        sigma_min=float(spectra.sigma_min.min()),
-        log_volume=float(spectra.log_volume.sum()),
-        frobenius_norm=float(torch.linalg.vector_norm(spectra.frobenius_norm)),
-        rtol=float(spectra.rtol.max()),
-        kappas=tuple(kappas) if weight.is_stack else None,
-        dtype=_name_of(weight.dtype),
-        fingerprint=content,
-    )
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _tuple(values: list[float] | tuple[float, ...] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(values)
+    return watch

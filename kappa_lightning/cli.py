@@ -1,0 +1,129 @@
+"""The command ``kappa-lightning``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kappa_lightning.profile import KappaProfile
+from kappa_lightning.profile.row import EXPERTS
+from kappa_lightning.selection import CRITERIA, Budget, rank, select
+from kappa_lightning.spectra import SOLVERS
+from kappa_lightning.tables import format_kappa
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, 1 after an error, 2 for a wrong usage, 130 if interrupted."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        budget = _budget(args)
+        for output in (args.out, args.figure):
+            if output is not None and not output.parent.is_dir():
+                raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
+        return _scan(args, budget)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        hint = "; the same command goes on from there" if args.out else ""
+        print(f"{parser.prog}: interrupted{hint}", file=sys.stderr)
+        return 130
+
+
+def _scan(args: argparse.Namespace, budget: Budget) -> int:
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    profile = KappaProfile.from_checkpoint(
+        args.model,
+        include=args.include,
+        exclude=args.exclude,
+        device=device,
+        solver=args.solver,
+        rtol=args.rtol,
+        experts=args.experts,
+        save_to=args.out,
+    )
+    names = select(list(profile), budget, args.criterion)
+    if args.figure is not None:
+        # Matplotlib takes about a second to import, which only a picture should cost.
+        from kappa_lightning.figures import profile_figure
+
+        profile_figure(profile, names, title=f"{Path(args.model).name}, {budget}").savefig(args.figure)
+    if args.names:
+        print("\n".join(names))
+        return 0
+    console = Console()
+    console.print(_table(profile, names, args.criterion))
+    chosen = sum(profile[name].num_parameters for name in names)
+    total = sum(row.num_parameters for row in profile)
+    console.print(
+        f"{len(names)} of {len(profile)} tensors train under {budget}: {chosen:,} of {total:,} parameters "
+        f"({chosen / total:.1%})"
+    )
+    return 0
+
+
+def _table(profile: KappaProfile, selected: Sequence[str], criterion: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for header, justify in (("", "right"), ("tensor", "left"), ("shape", "right"), ("κ", "right"), ("trains", "left")):
+        table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    chosen = set(selected)
+    for position, row in enumerate(rank(profile, criterion), start=1):
+        mark = "yes" if row.name in chosen else ""
+        shape = "×".join(map(str, row.shape))
+        table.add_row(str(position), row.name, shape, format_kappa(row.kappa), mark, style="bold" if mark else "")
+    return table
+
+
+def _budget(args: argparse.Namespace) -> Budget:
+    limits = {name: getattr(args, name) for name in ("top_p", "num_tensors", "max_kappa", "max_params")}
+    return Budget(**(limits if any(limit is not None for limit in limits.values()) else {"top_p": 0.2}))
+
+
+def _int_or_share(text: str) -> int | float:
+    return float(text) if "." in text or "e" in text.lower() else int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kappa-lightning", description="Condition numbers of a model's weights.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    scan = commands.add_parser(
+        "scan",
+        help="profile a checkpoint and show what would train",
+        description="Profile the weight matrices of a checkpoint by condition number κ, from disk one tensor at a "
+        "time, and show what would train. Without a budget, --top-p 0.2.",
+    )
+    scan.add_argument(
+        "model", metavar="MODEL", help=".safetensors file, folder of one or of shards, .ckpt, or hub id in the cache"
+    )
+    budget = scan.add_mutually_exclusive_group()
+    budget.add_argument("--top-p", type=float, metavar="P", help="share of the tensors that trains")
+    budget.add_argument("--num-tensors", type=int, metavar="N", help="number of tensors that train")
+    budget.add_argument("--max-kappa", type=float, metavar="K", help="tensors with a κ of at most K train")
+    budget.add_argument(
+        "--max-params", type=_int_or_share, metavar="N", help="number of parameters that train, or a share such as 0.25"
+    )
+    scan.add_argument("--criterion", default="kappa", choices=sorted(CRITERIA), help="what ranks the tensors")
+    scan.add_argument("--include", nargs="+", default=["*"], metavar="GLOB", help="only tensors with these names")
+    scan.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="but not with these")
+    scan.add_argument("--experts", default="mean", choices=list(EXPERTS), help="how the κ of fused experts combine")
+    scan.add_argument("--device", help="where to compute (default: cuda if there is one, else cpu)")
+    scan.add_argument("--solver", default="auto", choices=list(SOLVERS), help="svd is exact and slow")
+    scan.add_argument("--rtol", type=float, default=1e-3, help="relative error of κ (default: 0.001)")
+    scan.add_argument(
+        "--out", type=Path, metavar="FILE", help="save the profile; an interrupted scan goes on from there"
+    )
+    scan.add_argument("--figure", type=Path, metavar="FILE", help="draw the profile (.png, .pdf, .svg)")
+    scan.add_argument("--names", action="store_true", help="print only the names of what trains, one a line")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""From weights to rows: on a GPU tensors of one shape together, otherwise one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from kappa_lightning.fingerprint import fingerprint
+from kappa_lightning.profile.journal import Journal
+from kappa_lightning.profile.row import EXPERTS, KappaRow
+from kappa_lightning.spectra import Spectrum, free_memory, spectrum
+from kappa_lightning.weights import Weight
+
+# Of each entry of a batch: the stored number, its place in the batch, and both in the next batch.
+_WORKING_BYTES = 16
+
+
+def compute_rows(
+    weights: Sequence[Weight],
+    *,
+    device: torch.device | str | None = None,
+    solver: str = "auto",
+    rtol: float = 1e-3,
+    experts: str = "mean",
+    journal: Journal | None = None,
+) -> Iterator[KappaRow]:
+    """Decompose weights, a batch at a time; the rows come in the order in which they are finished.
+
+    On a GPU, tensors whose matrices have one shape go through together, as many as fit a quarter of the free memory,
+    while a thread reads the next batch and copies it there. Elsewhere it is one tensor after the other, since a
+    batch would gain nothing and the peak memory is to stay that of one tensor.
+
+    Args:
+        weights: what is decomposed.
+        device: where; by default where each weight is.
+        solver: see :func:`~kappa_lightning.spectrum`.
+        rtol: see :func:`~kappa_lightning.spectrum`.
+        experts: how the κ of a stack combine, a key of :data:`EXPERTS`.
+        journal: keeps finished rows, and knows those of an interrupted pass.
+
+    Raises:
+        ValueError: if a weight has NaN or infinite entries; the message names it.
+    """
+    target = _common_device(weights) if device is None else torch.device(device)
+    for batch, tensors in _loaded(_batches(weights, target), target):
+        contents = [fingerprint(tensor) for tensor in tensors]
+        pending = []
+        for weight, tensor, content in zip(batch, tensors, contents, strict=True):
+            known = journal.find(weight.name, content) if journal is not None else None
+            if known is not None:
+                yield known
+            else:
+                pending.append((weight, tensor, content))
+        if not pending:
+            continue
+        for row in _decompose(pending, solver=solver, rtol=rtol, experts=experts):
+            if journal is not None:
+                journal.append(row)
+            yield row
+
+
+def _decompose(
+    pending: Sequence[tuple[Weight, Tensor, str]], *, solver: str, rtol: float, experts: str
+) -> Iterator[KappaRow]:
+    views = [weight.view(tensor) for weight, tensor, _ in pending]
+    try:
+        spectra = spectrum(views[0] if len(views) == 1 else torch.cat(views), solver=solver, rtol=rtol)
+    except ValueError as error:
+        bad = next((weight for weight, tensor, _ in pending if not tensor.isfinite().all()), pending[0][0])
+        raise ValueError(f"{bad.name}: {error}") from error
+    start = 0
+    for (weight, _, content), view in zip(pending, views, strict=True):
+        yield _row(weight, spectra[start : start + len(view)], content, experts)
+        start += len(view)
+
+
+def _row(weight: Weight, spectra: Spectrum, content: str, experts: str) -> KappaRow:
+    kappas = tuple(spectra.kappa.tolist())
+    return KappaRow(
+        name=weight.name,
+        shape=weight.shape,
+        kappa=float(EXPERTS[experts](kappas)),
+        sigma_max=float(spectra.sigma_max.max()),
+        sigma_min=float(spectra.sigma_min.min()),
+        log_volume=float(spectra.log_volume.sum()),
+        frobenius_norm=float(torch.linalg.vector_norm(spectra.frobenius_norm)),
+        rtol=float(spectra.rtol.max()),
+        kappas=kappas if weight.is_stack else None,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        fingerprint=content,
+    )
+
+
+def _batches(weights: Sequence[Weight], device: torch.device | None) -> list[list[Weight]]:
+    """Weights whose matrices have one shape, in groups that fit the memory of a GPU; single ones elsewhere."""
+    if device is None or device.type != "cuda":
+        return [[weight] for weight in weights]
+    budget = free_memory(device) // 4
+    filling: dict[tuple[object, ...], tuple[list[Weight], int]] = {}
+    batches: list[list[Weight]] = []
+    for weight in weights:
+        count, rows, cols = weight.stack_shape
+        size = count * rows * cols * _WORKING_BYTES
+        key = (rows, cols, weight.dtype)
+        batch, used = filling.get(key, ([], budget))
+        if used + size > budget:
+            batch, used = [], 0
+            batches.append(batch)
+        batch.append(weight)
+        filling[key] = (batch, used + size)
+    return batches
+
+
+def _loaded(
+    batches: Sequence[list[Weight]], device: torch.device | None
+) -> Iterator[tuple[list[Weight], list[Tensor]]]:
+    """Each batch with its tensors on the device; on a GPU the next batch is on its way meanwhile."""
+    if device is None or device.type != "cuda":
+        for batch in batches:
+            yield batch, [weight.read() if device is None else weight.read().to(device) for weight in batch]
+        return
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: Future[list[Tensor]] = pool.submit(_copy, batches[0], device, stream)
+        for index, batch in enumerate(batches):
+            tensors = waiting.result()
+            if index + 1 < len(batches):
+                waiting = pool.submit(_copy, batches[index + 1], device, stream)
+            for tensor in tensors:
+                # The allocator must not hand this memory to the copying stream while the arithmetic still reads it.
+                tensor.record_stream(torch.cuda.current_stream(device))
+            yield batch, tensors
+
+
+def _copy(batch: Sequence[Weight], device: torch.device, stream: torch.cuda.Stream) -> list[Tensor]:
+    with torch.cuda.stream(stream), torch.no_grad():
+        tensors = []
+        for weight in batch:
+            tensor = weight.read()
+            # Only pinned memory is copied without holding up the thread that feeds the GPU.
+            pinned = tensor if tensor.is_cuda else tensor.contiguous().pin_memory()
+            tensors.append(pinned.to(device, non_blocking=True))
+        stream.synchronize()
+    return tensors
+
+
+def _common_device(weights: Sequence[Weight]) -> torch.device | None:
+    devices = {weight.parameter.device for weight in weights if weight.parameter is not None}
+    return devices.pop() if len(devices) == 1 else None

@@ -1,0 +1,91 @@
+"""One row of a profile: a tensor's spectrum as plain numbers, and what it was computed from."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+EXPERTS: dict[str, Callable[[Sequence[float]], float]] = {
+    "mean": statistics.fmean,
+    "median": statistics.median,
+    "max": max,
+}
+"""How the κ of the matrices of a stack, such as fused experts, combine into the tensor's."""
+
+
+@dataclass(frozen=True, slots=True)
+class KappaRow:
+    """One tensor of a profile: a :class:`~kappa_lightning.Spectrum` as plain numbers, and where it came from.
+
+    Of a stack of matrices, such as fused experts, ``sigma_max``, ``sigma_min``, ``log_volume`` and
+    ``frobenius_norm`` are those of the block-diagonal matrix of all of them.
+
+    Attributes:
+        name: the parameter's name.
+        shape: the parameter's shape; of a quantised one, the shape that it stands for.
+        kappa: condition number; of a stack, combined over its matrices, by default their mean as in PEFT.
+        sigma_max: largest singular value, in the unit of the weights.
+        sigma_min: smallest of the min(rows, cols) singular values.
+        log_volume: Σ ln σ_i, in nats.
+        frobenius_norm: root of the sum of squares.
+        rtol: the relative error of ``kappa`` that is guaranteed.
+        kappas: of a stack, the κ of each matrix; otherwise ``None``.
+        dtype: the stored precision, such as ``"float32"``.
+        fingerprint: identifies the stored content.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kappa: float
+    sigma_max: float
+    sigma_min: float
+    log_volume: float
+    frobenius_norm: float
+    rtol: float
+    kappas: tuple[float, ...] | None
+    dtype: str
+    fingerprint: str
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of entries of the tensor."""
+        return math.prod(self.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain numbers, strings and tuples."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: Any) -> KappaRow:
+        """The inverse of :meth:`to_dict`, lists being taken for tuples.
+
+        Raises:
+            ValueError: if an entry is missing, is unknown or has the wrong type.
+        """
+        if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(cls)}:
+            raise ValueError(f"a row must have the entries {', '.join(field.name for field in fields(cls))}: {entry!r}")
+        kappas = entry["kappas"]
+        row = cls(**{**entry, "shape": _tuple(entry["shape"]), "kappas": None if kappas is None else _tuple(kappas)})
+        texts = (row.name, row.dtype, row.fingerprint)
+        numbers = (row.kappa, row.sigma_max, row.sigma_min, row.log_volume, row.frobenius_norm, row.rtol)
+        valid = (
+            all(isinstance(text, str) for text in texts)
+            and all(_is_number(number) for number in (*numbers, *(row.kappas or ())))
+            and all(isinstance(size, int) for size in row.shape)
+        )
+        if not valid:
+            raise ValueError(f"a row has an entry of the wrong type: {entry!r}")
+        return row
+
+
+def _tuple(values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"a row has {values!r} where a list belongs")
+    return tuple(values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
