@@ -118,8 +118,7 @@ def select(rows: Sequence[Row], budget: Budget, criterion: str = "kappa") -> lis
         raise ValueError("there is nothing to train: no tensor is a candidate")
     ranking = rank(rows, criterion)
     if budget.top_p is not None:
-        # The product is rounded up a hair: 0.29 · 100 is 28.999999999999996 in floating point.
-        return [row.name for row in ranking[: max(1, math.floor(budget.top_p * len(ranking) + 1e-9))]]
+        return [row.name for row in ranking[: max(1, _share_of(budget.top_p, len(ranking)))]]
     if budget.num_tensors is not None:
         if budget.num_tensors > len(ranking):
             raise ValueError(f"num_tensors={budget.num_tensors} asks for more than the {len(ranking)} candidates")
@@ -136,11 +135,16 @@ def select(rows: Sequence[Row], budget: Budget, criterion: str = "kappa") -> lis
     return _fill(ranking, budget)
 
 
+def _share_of(share: float, total: int) -> int:
+    # Rounded down, but 0.29 · 100 is 28.999999999999996 in floating point.
+    return math.floor(share * total * (1 + 1e-12))
+
+
 def _fill(ranking: Sequence[Scorable], budget: Budget) -> list[str]:
     limit = budget.max_params
     assert limit is not None
     if isinstance(limit, float):
-        limit = limit * sum(row.num_parameters for row in ranking)
+        limit = _share_of(limit, sum(row.num_parameters for row in ranking))
     chosen, used = [], 0
     for row in ranking:
         if used + row.num_parameters <= limit:
@@ -149,7 +153,7 @@ def _fill(ranking: Sequence[Scorable], budget: Budget) -> list[str]:
     if not chosen:
         smallest = min(ranking, key=lambda row: (row.num_parameters, row.name))
         raise ValueError(
-            f"nothing to train: {budget} allows {int(limit):,} parameters, and the smallest candidate, "
+            f"nothing to train: {budget} allows {limit:,} parameters, and the smallest candidate, "
             f"{smallest.name}, has {smallest.num_parameters:,}"
         )
     return chosen

@@ -63,11 +63,10 @@ def read_profile_file(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} has schema version {schema}, and this version of kappa-lightning reads {SCHEMA_VERSION}: "
             "update the package, or profile again"
         )
-    profile: dict[str, Any] = decode(document)
-    missing = {"rows", "solver", "rtol", "experts"} - profile.keys()
+    missing = {"rows", "solver", "rtol", "experts"} - document.keys()
     if missing:
         raise ValueError(f"{path} is a damaged profile without {', '.join(sorted(missing))}: profile again")
-    return profile
+    return document
 
 
 def encode(value: Any) -> Any:
@@ -75,9 +74,9 @@ def encode(value: Any) -> Any:
     return _map(value, lambda leaf: str(leaf) if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
 
 
-def decode(value: Any) -> Any:
-    """The inverse of :func:`encode`."""
-    return _map(value, lambda leaf: float(leaf) if leaf in ("inf", "-inf") else leaf)
+def decode(number: Any) -> Any:
+    """The inverse of :func:`encode` for one number; anything else is passed through."""
+    return float(number) if number in ("inf", "-inf") else number
 
 
 def _map(value: Any, leaf: Any) -> Any:

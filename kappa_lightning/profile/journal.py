@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kappa_lightning.profile.file import decode, encode
+from kappa_lightning.profile.file import encode
 from kappa_lightning.profile.row import KappaRow
 
 
@@ -36,7 +36,7 @@ class Journal:
         same = bool(lines) and lines[0] == json.dumps(header)
         for line in lines[1:] if same else []:
             try:
-                row = KappaRow.from_dict(decode(json.loads(line)))
+                row = KappaRow.from_dict(json.loads(line))
             except ValueError:
                 break  # the line at which the interruption came
             self._rows[row.name, row.fingerprint] = row

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from tqdm.auto import tqdm
 
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.profile.compute import compute_rows
@@ -254,6 +253,8 @@ class KappaProfile:
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> KappaProfile:
         """The inverse of :meth:`to_dict`."""
+        if not isinstance(state["rows"], list):
+            raise ValueError(f"its rows are a {type(state['rows']).__name__}, not a list")
         rows = [KappaRow.from_dict(entry) for entry in state["rows"]]
         return cls(rows, solver=state["solver"], rtol=state["rtol"], experts=state["experts"])
 
@@ -293,16 +294,11 @@ def progress_bar(weights: Sequence[Weight]) -> Watch:
     costs = {weight.name: weight.cost for weight in weights}
 
     def watch(rows: Iterator[KappaRow]) -> Iterator[KappaRow]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[finished]}/{task.fields[number]} tensors"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("Condition numbers", total=sum(costs.values()), finished=0, number=len(costs))
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+        with tqdm(desc="Condition numbers", total=sum(costs.values()), bar_format=layout, leave=False) as bar:
             for finished, row in enumerate(rows, start=1):
-                progress.update(task, advance=costs[row.name], finished=finished)
+                bar.set_postfix_str(f"{finished}/{len(costs)} tensors", refresh=False)
+                bar.update(costs[row.name])
                 yield row
 
     return watch

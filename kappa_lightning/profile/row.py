@@ -8,12 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from kappa_lightning.profile.file import decode
+
 EXPERTS: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": statistics.fmean,
     "median": statistics.median,
     "max": max,
 }
 """How the κ of the matrices of a stack, such as fused experts, combine into the tensor's."""
+
+_NUMBERS = ("kappa", "sigma_max", "sigma_min", "log_volume", "frobenius_norm", "rtol")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,11 @@ class KappaRow:
         """
         if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(cls)}:
             raise ValueError(f"a row must have the entries {', '.join(field.name for field in fields(cls))}: {entry!r}")
-        kappas = entry["kappas"]
-        row = cls(**{**entry, "shape": _tuple(entry["shape"]), "kappas": None if kappas is None else _tuple(kappas)})
+        entry = {**entry, **{key: decode(entry[key]) for key in _NUMBERS}}
+        kappas = None if entry["kappas"] is None else tuple(decode(kappa) for kappa in _tuple(entry["kappas"]))
+        row = cls(**{**entry, "shape": _tuple(entry["shape"]), "kappas": kappas})
         texts = (row.name, row.dtype, row.fingerprint)
-        numbers = (row.kappa, row.sigma_max, row.sigma_min, row.log_volume, row.frobenius_norm, row.rtol)
+        numbers = [getattr(row, key) for key in _NUMBERS]
         valid = (
             all(isinstance(text, str) for text in texts)
             and all(_is_number(number) for number in (*numbers, *(row.kappas or ())))
