@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra_matrices import EPS, FAMILIES, FULL_RANK, as_tensor, reference_kappa, relative_error
 
 from kappa_lightning.spectra.certificate import gaussian_block, largest_eigenvalue_interval
 from kappa_lightning.spectra.factor import (
@@ -17,7 +18,6 @@ from kappa_lightning.spectra.factor import (
 from kappa_lightning.spectra.ladder import Plan, choose_rungs, climb, make_plan, take_rung
 from kappa_lightning.spectra.lanczos import largest_eigenvalue
 from kappa_lightning.spectra.scaling import TallMatrices
-from tests.spectra.matrices import EPS, FAMILIES, FULL_RANK, as_tensor, reference_kappa, relative_error
 
 CPU = torch.device("cpu")
 
