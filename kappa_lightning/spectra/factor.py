@@ -1,7 +1,8 @@
-"""Triangular factors R with RᵀR ≈ AᵀA, and the measurement of how far R's singular values are from A's."""
+"""Factors R with RᵀR ≈ AᵀA by Cholesky, LU and QR, and the measurement of how far R's singular values are from A's."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,25 @@ _NARROWEST_GRAM_BLOCK = 256
 # Batched LAPACK-like kernels of a GPU are written for small matrices; above this order a loop of single calls is
 # faster.
 _LARGEST_BATCHED_ORDER = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A square R that stands for A: RᵀR ≈ AᵀA.
+
+    Attributes:
+        solve: X ↦ R⁻¹X for X of shape (count, n, 16).
+        solve_transposed: X ↦ R⁻ᵀX.
+        gram: X ↦ AᵀAX or RᵀRX, whichever is at hand.
+        log_volume: ln |det R|, shape (count,).
+        matrix: shape (count, n, n), with the singular values of R.
+    """
+
+    solve: Callable[[Tensor], Tensor]
+    solve_transposed: Callable[[Tensor], Tensor]
+    gram: Callable[[Tensor], Tensor]
+    log_volume: Tensor
+    matrix: Tensor
 
 
 def gram_cholesky(matrices: TallMatrices, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,19 +88,53 @@ def qr_factor(matrices: TallMatrices, rows: int) -> Tensor:
     return factor
 
 
-def inverse_operator(factor: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return X ↦ R⁻¹R⁻ᵀX for upper triangular R of shape (count, n, n)."""
-    if factor.device.type != "cuda":
-        return lambda block: torch.linalg.solve_triangular(
-            factor, torch.linalg.solve_triangular(factor.mT, block, upper=False), upper=True
-        )
-    # With 16 right-hand sides a substitution leaves a GPU idle; it pays to invert once and multiply.
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
-    (inverse,) = _each(lambda r, i: (torch.linalg.solve_triangular(r, i, upper=True),), factor, identity)
-    return lambda block: inverse @ (inverse.mT @ block)
+def lu_factor(matrices: TallMatrices) -> Factor:
+    """Factor square matrices by LU with partial pivoting in float64: R = PLU, which need not be triangular.
+
+    Half the arithmetic of a Gram matrix of a square, and its error grows with κ instead of κ². It needs no bound on the
+    growth of the pivots: :func:`relative_backward_error` sees what they did.
+    """
+    matrix = matrices.scaled(torch.float64)
+    factor, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    fill_pivots(factor)
+    return Factor(
+        solve=lambda block: torch.linalg.lu_solve(factor, pivots, block),
+        solve_transposed=lambda block: torch.linalg.lu_solve(factor, pivots, block, adjoint=True),
+        gram=lambda block: matrix.mT @ (matrix @ block),
+        log_volume=_log_diagonal(factor),
+        matrix=matrix,
+    )
 
 
-def relative_backward_error(matrices: TallMatrices, factor: Tensor, rows: int, powers: int) -> tuple[Tensor, Tensor]:
+def triangular_factor(factor: Tensor, gram: Callable[[Tensor], Tensor] | None = None) -> Factor:
+    """Wrap upper triangular R, shape (count, n, n), of nonzero diagonal; ``gram`` if RᵀR is known in one product."""
+    solve: Callable[[Tensor], Tensor]
+    solve_transposed: Callable[[Tensor], Tensor]
+    if factor.device.type == "cuda":
+        # With 16 right-hand sides a substitution leaves a GPU idle; it pays to invert once and multiply.
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+        (inverse,) = _each(lambda r, i: (torch.linalg.solve_triangular(r, i, upper=True),), factor, identity)
+        solve, solve_transposed = (lambda block: inverse @ block), (lambda block: inverse.mT @ block)
+    else:
+        solve = lambda block: torch.linalg.solve_triangular(factor, block, upper=True)  # noqa: E731
+        solve_transposed = lambda block: torch.linalg.solve_triangular(factor.mT, block, upper=False)  # noqa: E731
+    return Factor(
+        solve, solve_transposed, gram or (lambda block: factor.mT @ (factor @ block)), _log_diagonal(factor), factor
+    )
+
+
+def fill_pivots(factor: Tensor) -> None:
+    """Move pivots near zero, which would stop the solves, by eps·max|R|: less than the factorisation's own rounding."""
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    floor = torch.finfo(factor.dtype).eps * factor.abs().amax((-2, -1))[:, None]
+    diagonal.copy_(torch.where(diagonal.abs() < floor, floor, diagonal))
+
+
+def _log_diagonal(factor: Tensor) -> Tensor:
+    return factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+
+
+def relative_backward_error(matrices: TallMatrices, factor: Factor, rows: int, powers: int) -> tuple[Tensor, Tensor]:
     r"""Measure how well R stands for A: every σ_i(A)² is σ_i(R)² times a factor in [1 − f, 1 + f].
 
     With F = R⁻ᵀAᵀAR⁻¹ − I and f = ‖F‖₂ < 1, Ostrowski's theorem applied to A = (AR⁻¹)R gives the statement for every
@@ -95,7 +149,7 @@ def relative_backward_error(matrices: TallMatrices, factor: Tensor, rows: int, p
 
     Args:
         matrices: the A's, shape (count, m, n).
-        factor: the R's, float64, shape (count, n, n), with a nonzero diagonal.
+        factor: the R's.
         rows: how many rows of A to convert at a time.
         powers: p; each costs another reading of A and makes the bound sharper, for p = 1 it exceeds ‖F‖₂ by up to
             √(16n/0.38).
@@ -103,18 +157,18 @@ def relative_backward_error(matrices: TallMatrices, factor: Tensor, rows: int, p
     Returns:
         f, inf where it is not below 1, and ‖A‖_F² accumulated in float64 on the way; both of shape (count,).
     """
-    device = factor.device
+    device = matrices.entries.device
     probe = gaussian_block(matrices.cols, _PROBE_SEED, device).expand(matrices.count, -1, -1)
     image = probe
     norm_squared = torch.zeros(matrices.count, dtype=torch.float64, device=device)
     for power in range(powers):
-        solved = torch.linalg.solve_triangular(factor, image, upper=True)
+        solved = factor.solve(image)
         product = torch.zeros_like(solved)
         for part in matrices.row_blocks(torch.float64, rows):
             product.baddbmm_(part.mT, part @ solved)
             if power == 0:
                 norm_squared += torch.linalg.vector_norm(part, dim=(-2, -1)).square()
-        image = torch.linalg.solve_triangular(factor.mT, product, upper=False) - image
+        image = factor.solve_transposed(product) - image
     error = (torch.linalg.vector_norm(image, dim=(-2, -1)) / OVERLAP) ** (1 / powers)
     return torch.where(error < 1, error, torch.inf), norm_squared
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kappa_lightning.spectra.factored import gram_values, lu_values, qr_values
 from kappa_lightning.spectra.lanczos import BASIS_COLUMNS
 from kappa_lightning.spectra.scaling import TallMatrices
 from kappa_lightning.spectra.svd import svd_values
-from kappa_lightning.spectra.triangular import gram_values, qr_values
 from kappa_lightning.spectra.values import Values
 
 SOLVERS = ("auto", "svd")
@@ -48,6 +48,7 @@ def choose_rungs(device: torch.device, rows: int, cols: int) -> tuple[str, ...]:
     * ``gram32``: Cholesky of the float32 Gram matrix. κ up to about 100. Only where float64 is slow (a consumer's GPU
       has 1/64 of its float32 speed): on a CPU float64 costs twice as much, less than the cases lost by float32.
     * ``gram64``: the same in float64. κ up to about 1e6.
+    * ``lu64``: LU in float64, for square matrices on a CPU. κ up to about 1e9.
     * ``qr64``: Householder QR in float64. κ up to about 1e9, and matrices that are numerically rank-deficient.
     * ``svd``: all singular values in float64. Everything.
 
@@ -59,7 +60,7 @@ def choose_rungs(device: torch.device, rows: int, cols: int) -> tuple[str, ...]:
         return ("gram32", "gram64", "qr64", "svd") if slow else ("gram64", "qr64", "svd")
     if cols < _LANCZOS_FROM["cpu"] and rows < 2 * cols:
         return ("svd",)
-    return ("gram64", "qr64", "svd")
+    return ("lu64" if rows == cols else "gram64", "qr64", "svd")
 
 
 def make_plan(matrices: TallMatrices, solver: str, memory_budget: int | None) -> Plan:
@@ -98,7 +99,9 @@ def free_memory(device: torch.device) -> int:
 def climb(matrices: TallMatrices, members: Sequence[int], plan: Plan, rtol: float) -> Values:
     """Work the given members up the ladder; the others get the values of a zero matrix.
 
-    The host learns which members go on to the next rung once a rung, when all chunks of it are done.
+    The host waits for a GPU once a rung, to learn which members go on, and within a chunk a fixed number of times
+    whatever the number of members: after the factorisation, after its error is measured, at the checks of the two
+    Lanczos runs, and to ask whether any of them failed to settle.
     """
     values = Values.empty(matrices.count, matrices.entries.device)
     pending = list(members)
@@ -122,6 +125,8 @@ def take_rung(rung: str, matrices: TallMatrices, plan: Plan, rtol: float) -> Val
         return gram_values(matrices, plan.rows, rtol, torch.float32, plan.lanczos_from)
     if rung == "gram64":
         return gram_values(matrices, plan.rows, rtol, torch.float64, plan.lanczos_from)
+    if rung == "lu64":
+        return lu_values(matrices, plan.rows, rtol, plan.lanczos_from)
     if rung == "qr64":
         return qr_values(matrices, plan.rows, rtol, plan.lanczos_from)
     return svd_values(matrices, plan.rows)

@@ -5,13 +5,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra_matrices import EPS, FAMILIES, FULL_RANK, as_tensor, reference_kappa, relative_error
 
 from kappa_lightning.spectra.certificate import gaussian_block, largest_eigenvalue_interval
-from kappa_lightning.spectra.factor import gram_cholesky, qr_factor, relative_backward_error
+from kappa_lightning.spectra.factor import (
+    gram_cholesky,
+    lu_factor,
+    qr_factor,
+    relative_backward_error,
+    triangular_factor,
+)
 from kappa_lightning.spectra.ladder import Plan, choose_rungs, climb, make_plan, take_rung
 from kappa_lightning.spectra.lanczos import largest_eigenvalue
 from kappa_lightning.spectra.scaling import TallMatrices
-from tests.spectra.matrices import EPS, FAMILIES, FULL_RANK, as_tensor, reference_kappa, relative_error
 
 CPU = torch.device("cpu")
 
@@ -24,7 +30,7 @@ def plan(*rungs: str, members: int = 64, rows: int = 50, lanczos_from: int = 0) 
     return Plan(rungs, members, rows, lanczos_from)
 
 
-@pytest.mark.parametrize("rung", ["gram32", "gram64", "qr64", "svd"])
+@pytest.mark.parametrize("rung", ["gram32", "gram64", "lu64", "qr64", "svd"])
 @settings(max_examples=120, deadline=None)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
@@ -34,7 +40,7 @@ def plan(*rungs: str, members: int = 64, rows: int = 50, lanczos_from: int = 0) 
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_rung_never_shows_more_than_is_true(rung, family, cols, extra, lanczos, seed):
-    matrix = FAMILIES[family](np.random.default_rng(seed), cols + extra, cols)
+    matrix = FAMILIES[family](np.random.default_rng(seed), cols + (0 if rung == "lu64" else extra), cols)
     values = take_rung(rung, tall(as_tensor(matrix)[None]), plan(rung, lanczos_from=0 if lanczos else 1000), rtol=1e-3)
     true = reference_kappa(matrix)
     shown = float(values.rtol)
@@ -46,7 +52,9 @@ def test_a_rung_never_shows_more_than_is_true(rung, family, cols, extra, lanczos
     assert relative_error(values.sigma_max / values.sigma_min, true) <= shown + 20 * EPS * true
 
 
-@pytest.mark.parametrize(("rung", "reach"), [("gram32", 20.0), ("gram64", 1e5), ("qr64", 1e8), ("svd", 1e9)])
+@pytest.mark.parametrize(
+    ("rung", "reach"), [("gram32", 20.0), ("gram64", 1e5), ("lu64", 1e8), ("qr64", 1e8), ("svd", 1e9)]
+)
 def test_a_rung_reaches_the_condition_it_is_meant_for(rung, reach):
     """Otherwise the ladder would be right, and slow."""
     rng = np.random.default_rng(8)
@@ -66,8 +74,8 @@ def test_measured_backward_error_bounds_the_true_one(family, dtype):
     _, factor, found = gram_cholesky(matrices, dtype, 32)
     if not bool(found):
         return
-    bound, norm_squared = relative_backward_error(matrices, factor, 32, powers=1)
-    sharper, _ = relative_backward_error(matrices, factor, 32, powers=2)
+    bound, norm_squared = relative_backward_error(matrices, triangular_factor(factor), 32, powers=1)
+    sharper, _ = relative_backward_error(matrices, triangular_factor(factor), 32, powers=2)
     (scaled,) = matrices.scaled(torch.float64)
     quotient = scaled @ torch.linalg.inv(factor[0])
     true = torch.linalg.matrix_norm(quotient.mT @ quotient - torch.eye(60), 2)
@@ -81,9 +89,22 @@ def test_a_wrong_factor_is_found_out():
     """The bound is a measurement: it does not trust the factorisation that it judges."""
     matrices = tall(torch.randn(1, 200, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     factor = qr_factor(matrices, 64)
-    assert relative_backward_error(matrices, factor, 64, powers=1)[0] < 1e-10
+    assert relative_backward_error(matrices, triangular_factor(factor), 64, powers=1)[0] < 1e-10
     factor[0, 70, 80] += 1e-3 * factor[0, 70, 70].abs()
-    assert relative_backward_error(matrices, factor, 64, powers=1)[0] > 1e-4
+    assert relative_backward_error(matrices, triangular_factor(factor), 64, powers=1)[0] > 1e-4
+
+
+def test_a_pivot_that_grew_is_found_out():
+    """Wilkinson's matrix: partial pivoting doubles an entry in every step, and 100 steps leave no digit."""
+    matrix = torch.eye(100, dtype=torch.float64) - torch.ones(100, 100, dtype=torch.float64).tril(-1)
+    matrix[:, -1] = 1
+    matrix += 1e-3 * torch.randn(100, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril()
+    matrices = tall(matrix[None])
+    bound, _ = relative_backward_error(matrices, lu_factor(matrices), 64, powers=1)
+    found = take_rung("lu64", matrices, plan("lu64"), rtol=1e-3)
+    true = reference_kappa(matrix.numpy())
+    assert not found.rtol <= 1e-3 or relative_error(found.sigma_max / found.sigma_min, true) <= float(found.rtol)
+    assert bound > 1e-14
 
 
 def test_chunked_qr_is_the_qr_of_the_whole():
