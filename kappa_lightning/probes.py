@@ -61,7 +61,7 @@ class Probe:
                 f"the dataloader is a {type(dataloader).__name__}, which cannot be read again for every evaluation: "
                 "give a DataLoader or a list of batches"
             )
-        if isinstance(dataloader, Sized) and len(dataloader) == 0:
+        if known_length(dataloader) == 0:
             raise ValueError("the dataloader is empty: there is nothing to measure")
         self.dataloader = dataloader
         self.metric = metric
@@ -209,6 +209,17 @@ class AccuracyProbe(Probe):
         super().__init__(dataloader, MeanCorrect(), step, name="accuracy")
 
 
+def known_length(dataloader: Iterable[Any]) -> int | None:
+    """The number of batches, or ``None`` if it is only known at the end, as of an iterable-style dataset."""
+    if not isinstance(dataloader, Sized):
+        return None
+    try:
+        return len(dataloader)
+    except (TypeError, NotImplementedError):
+        # A DataLoader has __len__ whatever its dataset; PyTorch names these two errors for one that has none.
+        return None
+
+
 def next_token_labels(batch: Mapping[str, Any]) -> Tensor:
     """The labels of positions 1 to T − 1, −100 where no token is to be predicted.
 
@@ -246,4 +257,4 @@ def _logits_of(output: Any) -> Tensor:
 
 
 def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

@@ -31,7 +31,9 @@ class SingleDeviceAdapter:
         before = [(optimizer, _Groups(optimizer)) for optimizer in trainer.optimizers]
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in dropped]
+                kept = [index for index, p in enumerate(group["params"]) if id(p) not in dropped]
+                for key in _ALIGNED.intersection(group):
+                    group[key] = [group[key][index] for index in kept]
             for parameter in [p for p in optimizer.state if id(p) in dropped]:
                 del optimizer.state[parameter]
 
@@ -42,17 +44,23 @@ class SingleDeviceAdapter:
         return undo
 
 
+# The names are there if the optimizer was given named parameters.
+_ALIGNED = frozenset({"params", "param_names"})
+
+
 class _Groups:
     """The parameters of an optimizer's groups and their state, as they were."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.params = [list(group["params"]) for group in optimizer.param_groups]
+        self.aligned = [
+            {key: list(group[key]) for key in _ALIGNED.intersection(group)} for group in optimizer.param_groups
+        ]
         self.state = dict(optimizer.state)
 
     def restore(self, optimizer: Optimizer) -> None:
         kept = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for group, params in zip(optimizer.param_groups, self.params, strict=True):
-            group["params"] = params
+        for group, aligned in zip(optimizer.param_groups, self.aligned, strict=True):
+            group.update(aligned)
         optimizer.state.update({p: state for p, state in self.state.items() if id(p) not in kept})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from kappa_lightning.callbacks.progress import track
-from kappa_lightning.probes import Probe
+from kappa_lightning.probes import Probe, known_length
 
 
 def batch_limit(trainer: pl.Trainer) -> int | None:
@@ -33,7 +33,7 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, name: str, probe: 
             code names the probe.
     """
     limit = batch_limit(trainer)
-    total = len(probe.dataloader) if isinstance(probe.dataloader, Sized) else None
+    total = known_length(probe.dataloader)
     device = trainer.strategy.root_device
     with undisturbed(module):
         probe.metric.reset()

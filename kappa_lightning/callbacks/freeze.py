@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
@@ -136,49 +135,58 @@ class KappaFreezeCallback(Callback):
         self._module: weakref.ref[nn.Module] | None = None
         self._frozen_here: list[nn.Parameter] = []
         self._restore_optimizers: Callable[[], None] | None = None
-        self._first_step = -1
+        self._first_step = 0
+        self._checkpoint_step = 0
+        self._fitting = False
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._checkpoint_step = checkpoint["global_step"]
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         adapter = adapter_for(trainer)
-        if trainer.ckpt_path is not None:
+        same_module = self._last_module() is pl_module
+        if trainer.ckpt_path is not None and (self._restored is not None or self._checkpoint_step > 0):
             plan = self._plan_from_checkpoint(trainer, pl_module)
-        elif self.profile is not None and self._last_module() is pl_module and trainer.global_step > 0:
+        elif self.profile is not None and same_module and trainer.global_step > 0:
             # fit was called once more on a module that is trained by now: its weights have no say any longer.
             plan = self._plan_of_names(pl_module, self.trained_names, self.selected_names, self.profile)
         else:
-            if self._last_module() is pl_module:
-                self.unfreeze()
             plan = self._plan_from_weights(trainer, pl_module)
 
+        if same_module:
+            self._thaw()
         parameters = plain_parameters(pl_module)
         self.profile = plan.profile
         self.selected_names = plan.selected
         self.trained_names = [name for name in parameters if name in plan.trained]
         self.frozen_names = [name for name in parameters if name not in plan.trained]
         frozen = [parameters[name] for name in self.frozen_names]
-        if self._last_module() is not pl_module:
-            self._frozen_here = []
         self._module = weakref.ref(pl_module)
         self._first_step = trainer.global_step
         self._restore_optimizers = adapter.drop_from_optimizers(trainer, frozen)
-        for parameter in frozen:
-            if parameter.requires_grad:
-                self._frozen_here.append(parameter)
-                parameter.requires_grad_(False)
-                parameter.grad = None
+        self._frozen_here = [parameter for parameter in frozen if parameter.requires_grad]
+        for parameter in self._frozen_here:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        self._fitting = True
         self._report(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restored = None
+        self._forget_checkpoint()
+        self._fitting = False
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restored = None
-        if trainer.state.fn != TrainerFn.FITTING:
+        self._forget_checkpoint()
+        if not self._fitting:
             return
-        if trainer.global_step == self._first_step:
+        self._fitting = False
+        if trainer.global_step == self._first_step and not _saves_on_exception(trainer):
             self.unfreeze()
         else:
             # A checkpoint that is saved on this exception needs the optimizers as they trained.
@@ -206,6 +214,10 @@ class KappaFreezeCallback(Callback):
             self._restore_optimizers()
         self._restore_optimizers = None
 
+    def _forget_checkpoint(self) -> None:
+        self._restored = None
+        self._checkpoint_step = 0
+
     def _thaw(self) -> None:
         for parameter in self._frozen_here:
             parameter.requires_grad_(True)
@@ -218,7 +230,7 @@ class KappaFreezeCallback(Callback):
         for weight in included(module, self.include, self.exclude):
             if weight.name in always:
                 continue
-            if parameters[weight.name].requires_grad:
+            if self._may_train(module, parameters[weight.name]):
                 candidates.append(weight)
             else:
                 frozen_before += 1
@@ -234,10 +246,10 @@ class KappaFreezeCallback(Callback):
             )
         profile = self._profile(trainer, module, candidates)
         selected = select(list(profile), self.budget, self.criterion)
-        trained = {name for name in [*selected, *always] if parameters[name].requires_grad}
+        trained = {name for name in [*selected, *always] if self._may_train(module, parameters[name])}
         if self.train_vectors:
             matrices = {weight.name for weight in find_weights(module)}
-            trained |= {name for name, p in parameters.items() if p.requires_grad and name not in matrices}
+            trained |= {name for name, p in parameters.items() if name not in matrices and self._may_train(module, p)}
         return _Plan(trained, selected, profile)
 
     def _always_trained(self, module: pl.LightningModule) -> set[str]:
@@ -246,7 +258,7 @@ class KappaFreezeCallback(Callback):
         for name in sorted(always):
             if not parameters[name].is_floating_point():
                 raise TypeError(f"always_train matches {name}, which is {parameters[name].dtype} and cannot be trained")
-        stay = [name for name in sorted(always) if not parameters[name].requires_grad]
+        stay = [name for name in sorted(always) if not self._may_train(module, parameters[name])]
         if stay:
             rank_zero_warn(
                 f"always_train matches {len(stay)} parameter(s) that were frozen before and stay so: {stay[0]}"
@@ -280,7 +292,7 @@ class KappaFreezeCallback(Callback):
         )
 
     def _plan_from_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule) -> _Plan:
-        if self._restored is None:
+        if self._restored is None:  # and its weights are trained
             raise ValueError(
                 f"{trainer.ckpt_path} was saved without KappaFreezeCallback and holds no selection. To go on with that "
                 "run, leave the callback out; to start a new one from its weights, load them into the module "
@@ -301,7 +313,7 @@ class KappaFreezeCallback(Callback):
         for name in trained:
             if name not in parameters:
                 raise ValueError(f"the checkpoint trains {name}, which this model has not: it is another model's")
-            if not parameters[name].requires_grad and self._last_module() is not module:
+            if not self._may_train(module, parameters[name]):
                 raise ValueError(
                     f"the checkpoint trains {name}, which is frozen here (requires_grad=False): unfreeze it"
                 )
@@ -328,6 +340,11 @@ class KappaFreezeCallback(Callback):
     def _last_module(self) -> nn.Module | None:
         return None if self._module is None else self._module()
 
+    def _may_train(self, module: pl.LightningModule, parameter: nn.Parameter) -> bool:
+        """Whether a parameter was not frozen by anybody but this callback in an earlier fit."""
+        earlier = self._frozen_here if self._last_module() is module else []
+        return parameter.requires_grad or any(parameter is frozen for frozen in earlier)
+
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert self.profile is not None
         parameters = plain_parameters(module)
@@ -353,6 +370,15 @@ class KappaFreezeCallback(Callback):
             rank_zero_info(training_table(groups, title=f"KappaFreezeCallback({self.budget})"))
         ranking = rank(self.profile, self.criterion)
         log_text(trainer, "kappa/ranking", ranking_markdown(ranking, selected))
+
+
+def _saves_on_exception(trainer: pl.Trainer) -> bool:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(
+        isinstance(callback, OnExceptionCheckpoint)
+        or (isinstance(callback, ModelCheckpoint) and callback.save_on_exception)
+        for callback in callbacks
+    )
 
 
 @dataclass(frozen=True, slots=True)

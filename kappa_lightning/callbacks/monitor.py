@@ -84,6 +84,7 @@ class KappaMonitor(Callback):
         self.history: list[dict[str, Any]] = []
         self._weights: dict[str, Weight] = {}
         self._trained: set[str] = set()
+        self._experts = "mean"
         self._restored = False
         self._module: weakref.ref[nn.Module] | None = None
 
@@ -100,11 +101,13 @@ class KappaMonitor(Callback):
         self._module = weakref.ref(pl_module)
         if not (resumed or continued):
             self.baseline, self.history = {}, []
+        known = _profile_at_start(trainer)
+        if known is not None:
+            self._experts = known.experts
         if self.history:
             # Already logged before the interruption; the callbacks that monitor a metric have not seen it in this run.
             publish(trainer, self._scalars(self.history[-1]["kappa"]))
             return
-        known = _profile_at_start(trainer)
         if trainer.global_step == 0:
             self.baseline = self._measure(trainer, self._weights, known)
             self._record(trainer, self.baseline, epoch=trainer.current_epoch)
@@ -161,7 +164,7 @@ class KappaMonitor(Callback):
     ) -> dict[str, float]:
         kappas = {name: known[name].kappa for name in weights if known is not None and name in known}
         pending = [weight for name, weight in weights.items() if name not in kappas]
-        rows = compute_rows(pending, device=trainer.strategy.root_device)
+        rows = compute_rows(pending, device=trainer.strategy.root_device, experts=self._experts)
         for row in track(trainer, rows, total=len(pending), description="Condition numbers", unit="tensor"):
             kappas[row.name] = row.kappa
         return kappas

@@ -30,7 +30,7 @@ def track(
         yield from items
     elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.progress.live.is_started:
         # Two live displays would overwrite each other, so the work becomes one more line of the Trainer's.
-        task = bar.progress.add_task(description, total=total)
+        task = bar.progress.add_task(description, total=float("inf") if total is None else total)
         try:
             for item in items:
                 yield item
