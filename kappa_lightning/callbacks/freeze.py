@@ -40,7 +40,8 @@ class KappaFreezeCallback(Callback):
     nor ``always_train`` does. Parameters that were frozen before stay frozen.
 
     A run that is resumed with ``trainer.fit(ckpt_path=...)`` takes its selection from the checkpoint. If a fit fails,
-    ``requires_grad`` and the optimizers' groups are put back; after one that succeeds, :meth:`unfreeze` does it.
+    ``requires_grad`` is put back, and before the first step the optimizers' groups, too (later, a checkpoint that is
+    saved on the exception needs them); after a fit that succeeds, :meth:`unfreeze` puts both back.
 
     Logs a table of what trains and, to TensorBoard, the full ranking as the text ``kappa/ranking``.
 

@@ -84,7 +84,7 @@ class KappaMonitor(Callback):
         self.history: list[dict[str, Any]] = []
         self._weights: dict[str, Weight] = {}
         self._trained: set[str] = set()
-        self._experts = "mean"
+        self._settings: dict[str, Any] = {}
         self._restored = False
         self._module: weakref.ref[nn.Module] | None = None
 
@@ -103,7 +103,8 @@ class KappaMonitor(Callback):
             self.baseline, self.history = {}, []
         known = _profile_at_start(trainer)
         if known is not None:
-            self._experts = known.experts
+            # Computed in another way, κ would seem to have drifted.
+            self._settings = {"solver": known.solver, "rtol": known.rtol, "experts": known.experts}
         if self.history:
             # Already logged before the interruption; the callbacks that monitor a metric have not seen it in this run.
             publish(trainer, self._scalars(self.history[-1]["kappa"]))
@@ -164,7 +165,7 @@ class KappaMonitor(Callback):
     ) -> dict[str, float]:
         kappas = {name: known[name].kappa for name in weights if known is not None and name in known}
         pending = [weight for name, weight in weights.items() if name not in kappas]
-        rows = compute_rows(pending, device=trainer.strategy.root_device, experts=self._experts)
+        rows = compute_rows(pending, device=trainer.strategy.root_device, **self._settings)
         for row in track(trainer, rows, total=len(pending), description="Condition numbers", unit="tensor"):
             kappas[row.name] = row.kappa
         return kappas

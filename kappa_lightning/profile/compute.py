@@ -69,8 +69,13 @@ def _decompose(
     try:
         spectra = spectrum(views[0] if len(views) == 1 else torch.cat(views), solver=solver, rtol=rtol)
     except ValueError as error:
-        bad = next((weight for weight, tensor, _ in pending if not tensor.isfinite().all()), pending[0][0])
-        raise ValueError(f"{bad.name}: {error}") from error
+        for weight, tensor, _ in pending:
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{weight.name} has entries that are NaN or infinite, so it has no condition number: load the "
+                    "weights again, or exclude it"
+                ) from error
+        raise
     start = 0
     for (weight, _, content), view in zip(pending, views, strict=True):
         yield _row(weight, spectra[start : start + len(view)], content, experts)

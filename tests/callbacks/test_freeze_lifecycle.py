@@ -204,6 +204,16 @@ def test_failure_on_a_second_module_leaves_the_first_as_it_was(tmp_path: Path) -
     assert trainable(second) == [name for name, _ in second.named_parameters()]
 
 
+def test_refused_new_fit_leaves_the_freeze_of_the_last_one(tmp_path: Path) -> None:
+    module, callback = Bank(a=(4, 2.0), b=(4, 3.0)), KappaFreezeCallback(num_tensors=1)
+    fit(tmp_path, module, callback)
+    module.b.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"b\.weight"):
+        fit(tmp_path, module, callback)
+    assert trainable(module) == ["a.weight"]
+    assert group_ids(module.made) == module.made_groups
+
+
 def test_unfreeze_gives_back_exactly_what_the_callback_froze(tmp_path: Path) -> None:
     module, callback = TinyNet(), KappaFreezeCallback(num_tensors=1)
     module.conv.requires_grad_(False)

@@ -6,10 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tiny import (
+    Spy,
     TinyNet,
     adamw_with_schedule,
     assert_same_tensors,
@@ -200,3 +202,20 @@ def test_optimizer_over_trainable_parameters_only_resumes_too(tmp_path: Path) ->
     fit(tmp_path, resumed, KappaFreezeCallback(num_tensors=2), ckpt_path=tmp_path / "one.ckpt", max_epochs=2)
     assert half.losses + resumed.losses == whole.losses
     assert_same_tensors(snapshot(resumed), snapshot(whole))
+
+
+def test_callbacks_that_monitor_a_figure_see_the_last_one_right_after_a_resume(tmp_path: Path) -> None:
+    half = Run(tmp_path, max_epochs=2)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    seen: list[dict[str, float]] = []
+
+    def look(trainer: Any, module: Any) -> None:
+        seen.append({tag: float(value) for tag, value in trainer.callback_metrics.items()})
+
+    resumed = Run(tmp_path, Spy(on_train_epoch_start=look), max_epochs=3, ckpt_path=tmp_path / "half.ckpt")
+    assert seen[0]["forgetting/retention"] == pytest.approx(half.forgetting.history[-1]["forgetting/retention"])
+    for name, kappa in half.monitor.history[-1]["kappa"].items():
+        drift = np.log10(kappa / half.monitor.baseline[name])
+        assert seen[0][f"kappa/{name}"] == pytest.approx(kappa, rel=1e-6)
+        assert seen[0][f"kappa_drift/{name}"] == pytest.approx(drift, rel=1e-5, abs=1e-7)
+    assert len(resumed.forgetting.history) == 4
