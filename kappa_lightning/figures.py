@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -32,7 +31,7 @@ def drift_figure(baseline: Mapping[str, float], history: Sequence[Mapping[str, A
     """
     latest = history[-1]["kappa"]
     names = [name for name in latest if math.isfinite(baseline[name]) and math.isfinite(latest[name])]
-    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 4.8), dpi=110, layout="constrained")
     scatter, lines = figure.subplots(1, 2, width_ratios=(1, 1.5))
     scatter.set(xlabel="κ at fit start", ylabel="κ now", xscale="log", yscale="log")
     scatter.set_title(f"{len(names)} tensors, epoch {history[-1]['epoch']}", fontsize=10)
@@ -41,21 +40,24 @@ def drift_figure(baseline: Mapping[str, float], history: Sequence[Mapping[str, A
     if not names:
         return figure
     start, now = np.array([baseline[n] for n in names]), np.array([latest[n] for n in names])
-    low, high = min(start.min(), now.min()), max(start.max(), now.max())
-    norm = LogNorm(vmin=max(low, 1.0) * 0.999, vmax=high * 1.001)
-    colours = colormaps["viridis"](norm(start))
-    scatter.plot([low, high], [low, high], color="0.8", linewidth=1, zorder=0)
-    scatter.scatter(start, now, c=colours, s=18)
+    ends = [min(start.min(), now.min()), max(start.max(), now.max())]
+    scatter.plot(ends, ends, color="0.8", linewidth=1, zorder=0)
 
     furthest = sorted(names, key=lambda name: -abs(math.log10(latest[name] / baseline[name])))[:_NAMED]
-    for name, colour in zip(names, colours, strict=True):
+    colours = {name: colormaps["tab10"](place) for place, name in enumerate(furthest)}
+    scatter.scatter(start, now, s=[22 if n in colours else 14 for n in names], c=[colours.get(n, "0.6") for n in names])
+    for name in names:
         known = [r for r in history if math.isfinite(r["kappa"].get(name, math.inf))]
         values = [math.log10(r["kappa"][name] / baseline[name]) for r in known]
-        label = name if name in furthest else None
-        style = {"linewidth": 1.8, "marker": "o", "markersize": 3} if label else {"linewidth": 0.8, "alpha": 0.5}
-        lines.plot([r["epoch"] for r in known], values, color=colour, label=label, **style)
+        named = name in colours
+        colour = colours.get(name, "0.6")
+        style: dict[str, Any] = (
+            {"linewidth": 1.8, "marker": "o", "markersize": 3, "zorder": 3} if named else {"linewidth": 0.8}
+        )
+        lines.plot([r["epoch"] for r in known], values, color=colour, label=name if named else None, **style)
     lines.xaxis.get_major_locator().set_params(integer=True)
-    lines.legend(fontsize=7, loc="upper left", title="furthest from fit start", title_fontsize=7)
+    title = "furthest from fit start" if len(names) > len(furthest) else None
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2, title=title, title_fontsize=7, frameon=False)
     return figure
 
 

@@ -257,9 +257,10 @@ def scenes_figure(images: Tensor, scenes: Sequence[int], guesses: Sequence[int],
         images: shape (n, 1, 8, 16).
         scenes: what they show.
         guesses: what the model took them for.
-        shown: how many are drawn; those that are wrong come first.
+        shown: how many are drawn; the first half are mistakes, as far as there are any.
     """
-    order = sorted(range(len(scenes)), key=lambda i: scenes[i] == guesses[i])[:shown]
+    order = sorted(range(len(scenes)), key=lambda i: scenes[i] == guesses[i])
+    order = [*order[: shown // 2], *order[len(order) - (shown - shown // 2) :]]
     figure = Figure(figsize=(10, 4.4), dpi=100, layout="constrained")
     for axes, index in zip(figure.subplots(3, shown // 3).flat, order, strict=False):
         axes.imshow(images[index, 0], cmap="gray_r")

@@ -58,13 +58,13 @@ def test_curves_show_the_drift_in_decades_over_the_epochs():
 
 def test_only_the_tensors_that_drifted_furthest_are_named():
     figure = drift_figure(BASELINE, history_of(BASELINE, LATER))
-    named = {text.get_text() for text in figure.axes[1].get_legend().get_texts()}
+    named = {text.get_text() for text in figure.legends[0].get_texts()}
     assert named == {f"layer.{index}.weight" for index in (3, 4, 5, 6, 7)}
 
 
 def test_falling_kappa_counts_as_drift_too():
     later = {**BASELINE, "layer.0.weight": 1.0}
-    named = drift_figure(BASELINE, history_of(BASELINE, later)).axes[1].get_legend().get_texts()
+    named = drift_figure(BASELINE, history_of(BASELINE, later)).legends[0].get_texts()
     assert "layer.0.weight" in {text.get_text() for text in named}
 
 
