@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from kappa_lightning.figures import profile_figure
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.row import EXPERTS
-from kappa_lightning.selection import CRITERIA, Budget, rank, select
+from kappa_lightning.selection import CRITERIA, DEFAULT_TOP_P, Budget, rank, select
 from kappa_lightning.spectra import SOLVERS
 from kappa_lightning.tables import format_kappa
 
@@ -25,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         budget = _budget(args)
-        for output in (args.out, args.figure):
-            if output is not None and not output.parent.is_dir():
-                raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
+        _check_outputs(args)
         return _scan(args, budget)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _scan(args: argparse.Namespace, budget: Budget) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     profile = KappaProfile.from_checkpoint(
         args.model,
         include=args.include,
@@ -52,9 +53,6 @@ def _scan(args: argparse.Namespace, budget: Budget) -> int:
     )
     names = select(list(profile), budget, args.criterion)
     if args.figure is not None:
-        # Matplotlib takes about a second to import, which only a picture should cost.
-        from kappa_lightning.figures import profile_figure
-
         profile_figure(profile, names, title=f"{Path(args.model).name}, {budget}").savefig(args.figure)
     if args.names:
         print("\n".join(names))
@@ -78,13 +76,38 @@ def _table(profile: KappaProfile, selected: Sequence[str], criterion: str) -> Ta
     for position, row in enumerate(rank(profile, criterion), start=1):
         mark = "yes" if row.name in chosen else ""
         shape = "×".join(map(str, row.shape))
-        table.add_row(str(position), row.name, shape, format_kappa(row.kappa), mark, style="bold" if mark else "")
+        table.add_row(
+            str(position), escape(row.name), shape, format_kappa(row.kappa), mark, style="bold" if mark else ""
+        )
     return table
 
 
 def _budget(args: argparse.Namespace) -> Budget:
     limits = {name: getattr(args, name) for name in ("top_p", "num_tensors", "max_kappa", "max_params")}
-    return Budget(**(limits if any(limit is not None for limit in limits.values()) else {"top_p": 0.2}))
+    return Budget(**(limits if any(limit is not None for limit in limits.values()) else {"top_p": DEFAULT_TOP_P}))
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Find out before the work that its results could not be written."""
+    for output in (args.out, args.figure):
+        if output is not None and output.is_dir():
+            raise IsADirectoryError(f"{output} is a folder: name a file")
+        if output is not None and not output.parent.is_dir():
+            raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
+    if args.figure is not None:
+        known = Figure().canvas.get_supported_filetypes()
+        if args.figure.suffix.lstrip(".").lower() not in known:
+            raise ValueError(f"--figure {args.figure}: the ending must be one of {', '.join(sorted(known))}")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: use cpu, cuda, cuda:1, mps …") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} is not there: this machine, or this build of PyTorch, has no CUDA")
+    return device
 
 
 def _int_or_share(text: str) -> int | float:
@@ -114,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--include", nargs="+", default=["*"], metavar="GLOB", help="only tensors with these names")
     scan.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="but not with these")
     scan.add_argument("--experts", default="mean", choices=list(EXPERTS), help="how the κ of fused experts combine")
-    scan.add_argument("--device", help="where to compute (default: cuda if there is one, else cpu)")
+    scan.add_argument("--device", type=_device, help="where to compute (default: cuda if there is one, else cpu)")
     scan.add_argument("--solver", default="auto", choices=list(SOLVERS), help="svd is exact and slow")
     scan.add_argument("--rtol", type=float, default=1e-3, help="relative error of κ (default: 0.001)")
     scan.add_argument(

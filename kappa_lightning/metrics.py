@@ -10,6 +10,8 @@ from torchmetrics import MeanMetric, Metric
 IGNORED = -100
 """The label of a token that is not predicted, as in PyTorch's cross-entropy and in transformers."""
 
+_TOKENS = 1024
+
 
 class TokenPerplexity(Metric):
     """exp of the mean negative log-likelihood over all predicted tokens, of all batches together.
@@ -43,13 +45,14 @@ class TokenPerplexity(Metric):
             logits: shape (batch, tokens, vocabulary), already aligned with the labels they predict.
             labels: shape (batch, tokens), −100 where no token is predicted.
         """
-        flat = labels.reshape(-1)
-        predicted = flat != IGNORED
-        losses = functional.cross_entropy(logits.flatten(0, 1)[predicted].float(), flat[predicted], reduction="none")
         # MPS has no float64, which elsewhere keeps a long sum exact.
-        dtype = torch.float32 if losses.device.type == "mps" else torch.float64
-        self.nats = self.nats.to(dtype) + losses.to(dtype).sum()
-        self.tokens += predicted.sum()
+        self.nats = self.nats.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+        # Part by part, since a vocabulary of 100,000 makes a float32 copy of a batch's logits many gigabytes.
+        parts, targets = (torch.split(flat, _TOKENS) for flat in (logits.flatten(0, 1), labels.reshape(-1)))
+        for part, target in zip(parts, targets, strict=True):
+            losses = functional.cross_entropy(part.float(), target, ignore_index=IGNORED, reduction="none")
+            self.nats += losses.to(self.nats.dtype).sum()
+            self.tokens += (target != IGNORED).sum()
 
     def compute(self) -> Tensor:
         """The perplexity; NaN if no token was predicted."""

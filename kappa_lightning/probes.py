@@ -67,11 +67,17 @@ class Probe:
         self.metric = metric
         self.step = step
         self.name = name or _snake_case(type(metric).__name__)
+        if self.name in ("retention", "forgetting"):
+            raise ValueError(f"name={self.name!r} is the tag of another figure: choose another")
 
     @property
     def higher_is_better(self) -> bool:
         """The direction of the metric."""
         return bool(self.metric.higher_is_better)
+
+    def prepare(self, batch: Any, convert: Callable[[Any], Any]) -> Any:
+        """The batch with its inputs in the precision of the module; ``convert`` casts the floats of a collection."""
+        return convert(batch)
 
     def update(self, module: nn.Module, batch: Any) -> None:
         """Run the step on a batch and give its result to the metric.
@@ -177,6 +183,10 @@ class SimilarityProbe(Probe):
             metric = SpearmanCorrCoef()
         super().__init__(dataloader, metric, step, name="spearman")
 
+    def prepare(self, batch: Any, convert: Callable[[Any], Any]) -> Any:
+        """As in :class:`Probe`, but the scores keep their precision: rounded ones would tie."""
+        return (*convert(tuple(batch[:2])), *batch[2:]) if isinstance(batch, Sequence) else batch
+
 
 class AccuracyProbe(Probe):
     """Share of samples whose class has the highest logit.
@@ -203,7 +213,13 @@ class AccuracyProbe(Probe):
 
         def step(module: nn.Module, batch: Any) -> Tensor:
             labels: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
-            correct = predict(module, batch).argmax(-1) == labels
+            scores: Tensor = predict(module, batch)
+            if scores.shape[:-1] != labels.shape or labels.is_floating_point():
+                raise ValueError(
+                    f"AccuracyProbe needs class numbers of shape {tuple(scores.shape[:-1])} for logits of shape "
+                    f"{tuple(scores.shape)}, and the labels are {labels.dtype} of shape {tuple(labels.shape)}"
+                )
+            correct = scores.argmax(-1) == labels
             return torch.as_tensor(correct)[labels != IGNORED].float()
 
         super().__init__(dataloader, MeanCorrect(), step, name="accuracy")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
+# The names under which models keep their repeated layers; torchvision joins name and number.
+_LAYER = re.compile(r"(?:^|\.)(?:\w*_)?(?:layers?|blocks?|h|resblocks|stages?)[._](\d+)(?=\.)")
+_JOINED = re.compile(r"(?<=layer_)\d+(?=\.)")
 
 
 def depth_and_role(name: str) -> tuple[int | None, str]:
     """The layer's index, and the name with the index of the layer and of any expert left out.
 
     Returns:
-        The first number in the name (``None`` if there is none), and the name with ``*`` for every number.
+        The number behind the first word such as ``layers`` or ``blocks``, or else the first number (``None`` if there
+        is none); and the name with ``*`` for every number.
 
     Example:
         >>> depth_and_role("model.layers.11.mlp.experts.3.up_proj.weight")
@@ -19,5 +23,7 @@ def depth_and_role(name: str) -> tuple[int | None, str]:
         >>> depth_and_role("embed_tokens.weight")
         (None, 'embed_tokens.weight')
     """
+    numbered = _LAYER.search(name)
     first = _NUMBER.search(name)
-    return (int(first.group()) if first else None), _NUMBER.sub("*", name)
+    depth = int(numbered.group(1)) if numbered else int(first.group()) if first else None
+    return depth, _JOINED.sub("*", _NUMBER.sub("*", name))

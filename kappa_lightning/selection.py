@@ -40,6 +40,10 @@ CRITERIA: dict[str, Criterion] = {"kappa": kappa}
 """The criteria by name; add a function of a row to make it usable as ``criterion="its name"``."""
 
 
+DEFAULT_TOP_P = 0.2
+"""The budget where none is given: the fifth of the tensors with the lowest scores."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much may train: exactly one of four limits.
@@ -81,7 +85,8 @@ class Budget:
         if is_share and not 0 < value <= 1:
             what = "tensors" if name == "top_p" else "parameters"
             problem = "is a budget of nothing" if value == 0 else "is not a share"
-            raise ValueError(f"{name}={value!r} {problem}: give a share of the {what} in (0, 1]")
+            count = "" if name == "top_p" else ", or an int for their number"
+            raise ValueError(f"{name}={value!r} {problem}: give a share of the {what} in (0, 1]{count}")
         if not is_share and name != "max_kappa" and value < 1:
             raise ValueError(f"{name}={value!r} is a budget of nothing: give at least 1")
         if name == "max_kappa" and not value >= 1:
@@ -91,15 +96,24 @@ class Budget:
         return next(f"{name}={value!r}" for name, value in vars(self).items() if value is not None)
 
 
+def criterion_of(name: str) -> Criterion:
+    """The criterion of a name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in CRITERIA:
+        raise ValueError(f"criterion={name!r} is unknown: use one of {', '.join(map(repr, CRITERIA))}")
+    return CRITERIA[name]
+
+
 def rank(rows: Iterable[Row], criterion: str = "kappa") -> list[Row]:
     """The rows from the first to train to the last; ties are broken by name, so every machine ranks alike.
 
     Raises:
         ValueError: if the criterion is unknown.
     """
-    score = CRITERIA.get(criterion)
-    if score is None:
-        raise ValueError(f"criterion={criterion!r} is unknown: use one of {', '.join(map(repr, CRITERIA))}")
+    score = criterion_of(criterion)
     return sorted(rows, key=lambda row: (score(row), row.name))
 
 

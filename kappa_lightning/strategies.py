@@ -59,7 +59,8 @@ class _Groups:
 
     def restore(self, optimizer: Optimizer) -> None:
         kept = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for group, aligned in zip(optimizer.param_groups, self.aligned, strict=True):
+        # Groups that another callback added since keep what they have.
+        for group, aligned in zip(optimizer.param_groups, self.aligned, strict=False):
             group.update(aligned)
         optimizer.state.update({p: state for p, state in self.state.items() if id(p) not in kept})
 

@@ -29,7 +29,7 @@ class Group:
     ) -> Group:
         """The group of some names, with their sizes and the κ that a profile knows of them."""
         names = list(names)
-        kappas = tuple(profile[name].kappa for name in names) if profile is not None else ()
+        kappas = () if profile is None else tuple(profile[name].kappa for name in names if name in profile)
         return cls(label, len(names), sum(sizes[name] for name in names), kappas)
 
 

@@ -146,7 +146,7 @@ def test_entry_that_is_not_finite_is_found_within_its_batch(no_gpu):
     net = model()
     with torch.no_grad():
         net["wide2"].weight[3, 3] = float("inf")
-    with pytest.raises(ValueError, match=r"^wide2\.weight: .*NaN or infinite"):
+    with pytest.raises(ValueError, match=r"^wide2\.weight\b.*NaN or infinite"):
         KappaProfile.from_model(net, progress=False, device="cuda")
 
 

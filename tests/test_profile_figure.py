@@ -180,7 +180,7 @@ def test_large_model_is_drawn_with_every_role_named_and_depths_that_do_not_crowd
     assert figure.get_figheight() > small.get_figheight()
 
 
-def test_names_and_title_with_a_dollar_sign_are_written_as_they_are():
+def test_dollar_signs_in_names_and_title_do_not_stop_the_picture():
     figure = profile_figure(profile({"a$b.0.x$y_.weight": 3.0}), title="my$model$_{.ckpt")
     assert png(figure).startswith(PNG)
 

@@ -38,7 +38,10 @@ NAMES = {
     "resnet-stem": ("conv1.weight", (None, "conv1.weight")),
     "vgg": ("features.28.weight", (28, "features.*.weight")),
     "sequential": ("0.weight", (0, "*.weight")),
-    "whisper": ("model.decoder.layers.3.encoder_attn.q_proj.weight", (3, "model.decoder.layers.*.encoder_attn.q_proj.weight")),
+    "whisper": (
+        "model.decoder.layers.3.encoder_attn.q_proj.weight",
+        (3, "model.decoder.layers.*.encoder_attn.q_proj.weight"),
+    ),
     "peft": (
         "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight",
         (1, "base_model.model.model.layers.*.self_attn.q_proj.lora_A.default.weight"),
@@ -47,7 +50,7 @@ NAMES = {
         "blocks.2.fc.parametrizations.weight.original1",
         (2, "blocks.*.fc.parametrizations.weight.original1"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "expected"), NAMES.values(), ids=NAMES)

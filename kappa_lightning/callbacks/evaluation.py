@@ -43,7 +43,8 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, name: str, probe: 
             batches = islice(probe.dataloader, limit)
             total = min(total, limit) if total is not None and limit is not None else total
             for batch in track(trainer, batches, total=total, description=f"Probe {name}", unit="batch"):
-                batch = move_data_to_device(trainer.precision_plugin.convert_input(batch), device)
+                batch = probe.prepare(batch, trainer.precision_plugin.convert_input)
+                batch = move_data_to_device(batch, device)
                 with trainer.precision_plugin.val_step_context():
                     probe.update(module, batch)
                 count += 1

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -20,6 +20,11 @@ from kappa_lightning.callbacks.reporting import log_scalars, publish
 from kappa_lightning.probes import Probe
 
 OnBreach = Literal["stop", "warn", "raise"]
+_NO_BASELINE = (
+    "{source} has no baseline of the probe {probe!r}, and measuring one on weights that are trained already would hide "
+    "what they forgot: leave this probe out, or load the weights into a new module and call fit without ckpt_path to "
+    "start from them"
+)
 
 
 class ForgettingEval(Callback):
@@ -39,9 +44,10 @@ class ForgettingEval(Callback):
 
     An evaluation runs in eval mode, without gradients and under the Trainer's precision, and leaves modes, random
     number generators, gradients and BatchNorm statistics as they were. Where the epoch ends with a validation loop it
-    runs with it, so that a checkpoint saved there sees the new figures. The baseline survives a resume and is never
-    measured on trained weights. With ``fast_dev_run`` each probe reads as many batches as the other loops, and its
-    figures are not judged.
+    runs with it, so that a checkpoint saved there sees the new figures; a run that validates by steps instead of by
+    epochs (``check_val_every_n_epoch=None``) is evaluated with every validation. The baseline survives a resume and a
+    second fit of the same module, and is never measured on trained weights. With ``fast_dev_run`` each probe reads as
+    many batches as the other loops, and its figures are not judged.
 
     Args:
         probes: the probes by name, which appears in the tags.
@@ -112,45 +118,71 @@ class ForgettingEval(Callback):
         self.on_breach = on_breach
         self.baseline: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
-        self._restored = False
+        self._restored: dict[str, Any] | None = None
+        self._checkpoint_step = 0
         self._module: weakref.ref[nn.Module] | None = None
 
     @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Called before load_state_dict, and also if the checkpoint has no state of this callback.
+        self._restored = None
+        self._checkpoint_step = checkpoint["global_step"]
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._warn_of_stale_monitors(trainer)
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        resumed = trainer.ckpt_path is not None and self._restored
-        continued = self._module is not None and self._module() is pl_module
-        self._restored = False
-        self._module = weakref.ref(pl_module)
-        if trainer.global_step > 0:
-            missing = (
-                [name for name in self.probes if name not in self.baseline] if resumed or continued else [*self.probes]
-            )
+        if trainer.ckpt_path is not None and self._restored is not None:
+            self.baseline, self.history = dict(self._restored["baseline"]), list(self._restored["history"])
+            missing = [name for name in self.probes if name not in self.baseline]
             if missing:
-                raise ValueError(
-                    f"the checkpoint {trainer.ckpt_path} has no baseline of the probe {missing[0]!r}, and measuring "
-                    "one on weights that are trained already would hide what they forgot: resume without this probe, "
-                    "or load the weights into the module and call fit without ckpt_path to start from them"
-                )
-            if self.history:
-                # Already logged before the interruption; callbacks that monitor a metric have not seen it in this run.
-                publish(trainer, _scalars(self.history[-1]))
-            return
-        self.baseline, self.history = {}, []
-        values = self._measure(trainer, pl_module)
-        if batch_limit(trainer) is None:
-            self._require_ratios(values)
-        self.baseline = values
-        self._record(trainer, values, epoch=trainer.current_epoch)
+                raise ValueError(_NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=missing[0]))
+        elif trainer.ckpt_path is not None and self._checkpoint_step > 0:
+            raise ValueError(
+                _NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=next(iter(self.probes)))
+            )
+        elif self._module is not None and self._module() is pl_module and self.baseline:
+            # fit was called once more on a module that is trained by now. A new Trainer starts a new history.
+            if trainer.global_step == 0:
+                self.history = []
+        elif trainer.global_step > 0:
+            raise ValueError(_NO_BASELINE.format(source="the fit before this one", probe=next(iter(self.probes))))
+        else:
+            self.baseline, self.history = {}, []
+        self._forget_checkpoint()
+        if self.history:
+            # Already logged before the interruption; callbacks that monitor a metric have not seen it in this run.
+            publish(trainer, _scalars(self.history[-1]))
+        else:
+            values = self._measure(trainer, pl_module)
+            if not self.baseline:
+                if batch_limit(trainer) is None:
+                    self._require_ratios(values)
+                self.baseline = values
+            self._record(trainer, values, epoch=trainer.current_epoch)
+        self._module = weakref.ref(pl_module)
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # ModelCheckpoint and EarlyStopping may look at the figures when validation ends, before on_train_epoch_end.
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and trainer.is_last_batch:
-            self._after_epoch(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._evaluate(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._after_epoch(trainer, pl_module)
+        self._evaluate(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._forget_checkpoint()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._forget_checkpoint()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -158,21 +190,59 @@ class ForgettingEval(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            self.baseline, self.history = dict(state_dict["baseline"]), list(state_dict["history"])
-            self._restored = True
+        # Lightning calls this for validate, test and predict, too; only a fit takes it over.
+        self._restored = state_dict or None
 
-    def _after_epoch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if (trainer.current_epoch + 1) % self.every_n_epochs or self.history[-1]["step"] == trainer.global_step:
+    def _forget_checkpoint(self) -> None:
+        self._restored = None
+        self._checkpoint_step = 0
+
+    def _evaluate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        by_steps = trainer.check_val_every_n_epoch is None and trainer.validating
+        at_epoch_end = trainer.is_last_batch or not trainer.validating
+        if not (at_epoch_end or by_steps):
             return
-        self._record(trainer, self._measure(trainer, module), epoch=trainer.current_epoch + 1)
+        epoch = trainer.current_epoch + int(at_epoch_end)
+        if not by_steps and epoch % self.every_n_epochs:
+            return
+        # With a validation loop an epoch ends twice, in its last validation and in on_train_epoch_end.
+        if (self.history[-1]["epoch"], self.history[-1]["step"]) == (epoch, trainer.global_step):
+            return
+        self._record(trainer, self._measure(trainer, module), epoch=epoch)
         if self.min_retention is not None and batch_limit(trainer) is None:
             self._guard(trainer)
+
+    def _warn_of_stale_monitors(self, trainer: pl.Trainer) -> None:
+        mid_epoch = trainer.check_val_every_n_epoch is not None and trainer.val_check_interval != 1.0
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if not isinstance(callback, ModelCheckpoint | EarlyStopping) or not str(monitor).startswith("forgetting/"):
+                continue
+            # The private attribute is what the argument of the same name is kept in; it has no public form.
+            seldom = isinstance(callback, ModelCheckpoint) and callback._every_n_epochs % self.every_n_epochs == 0
+            if self.every_n_epochs > 1 and not seldom:
+                rank_zero_warn(
+                    f"{type(callback).__name__} monitors {monitor}, which is measured every {self.every_n_epochs} "
+                    "epochs; between, it sees the last figure, at first the 1.0 from before training. Use "
+                    f"ForgettingEval(every_n_epochs=1), or ModelCheckpoint(every_n_epochs={self.every_n_epochs})"
+                )
+            elif mid_epoch:
+                rank_zero_warn(
+                    f"{type(callback).__name__} monitors {monitor}, which is measured after an epoch, and validation "
+                    f"runs within it (val_check_interval={trainer.val_check_interval}); there it sees the figure of "
+                    "the epoch before, at first the 1.0 from before training. Let it look at the end of an epoch: "
+                    "ModelCheckpoint(save_on_train_epoch_end=True), EarlyStopping(check_on_train_epoch_end=True)"
+                )
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
         values = {name: evaluate(trainer, module, name, probe) for name, probe in self.probes.items()}
         for name, value in values.items():
-            if not math.isfinite(value) and batch_limit(trainer) is None:
+            # An infinite perplexity is a capability that is gone; it has a retention, 0.
+            ratio = math.isfinite(value) or (
+                self.baseline and value == math.inf and not self.probes[name].higher_is_better
+            )
+            if not ratio and batch_limit(trainer) is None:
                 raise ValueError(
                     f"the probe {name!r} returned {self.probes[name].name}={value} at step {trainer.global_step}: "
                     + (

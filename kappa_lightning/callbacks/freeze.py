@@ -15,12 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from kappa_lightning.callbacks.evaluation import batch_limit
 from kappa_lightning.callbacks.progress import track
 from kappa_lightning.callbacks.reporting import log_text
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.profile import included
 from kappa_lightning.profile.row import EXPERTS
-from kappa_lightning.selection import CRITERIA, Budget, rank, select
+from kappa_lightning.selection import DEFAULT_TOP_P, Budget, criterion_of, rank, select
 from kappa_lightning.spectra import check_options
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.tables import Group, ranking_markdown, training_table
@@ -69,7 +70,7 @@ class KappaFreezeCallback(Callback):
 
     Raises:
         TypeError: if an argument has the wrong type; at fit start, if ``always_train`` matches a parameter that is not
-            floating point, or a candidate is quantised.
+            floating point, or a candidate is quantised in a way that cannot be read.
         ValueError: if more than one budget is given or one that selects nothing; at fit start, if a pattern matches no
             parameter, nothing is left to train, a weight has NaN or infinite entries, the profile is another model's,
             the checkpoint holds no selection or one of other tensors, or the strategy is not supported. Nothing has
@@ -106,10 +107,9 @@ class KappaFreezeCallback(Callback):
     ) -> None:
         super().__init__()
         if all(limit is None for limit in (top_p, num_tensors, max_kappa, max_params)):
-            top_p = 0.2
+            top_p = DEFAULT_TOP_P
         self.budget = Budget(top_p=top_p, num_tensors=num_tensors, max_kappa=max_kappa, max_params=max_params)
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion={criterion!r} is unknown: use one of {', '.join(map(repr, CRITERIA))}")
+        criterion_of(criterion)
         check_options(solver=solver, rtol=rtol)
         for argument, patterns in (("include", include), ("exclude", exclude), ("always_train", always_train)):
             if isinstance(patterns, str):
@@ -144,6 +144,8 @@ class KappaFreezeCallback(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        # Called before load_state_dict, and also if the checkpoint has no state of this callback.
+        self._restored = None
         self._checkpoint_step = checkpoint["global_step"]
 
     @override
@@ -195,7 +197,7 @@ class KappaFreezeCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self.profile is None:
+        if self.profile is None or not self.trained_names:
             return {}
         return {
             "arguments": self._arguments(),
@@ -225,13 +227,14 @@ class KappaFreezeCallback(Callback):
         self._frozen_here = []
 
     def _plan_from_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> _Plan:
-        parameters = plain_parameters(module)
-        always = self._always_trained(module)
+        trainable = self._trainable(module)
+        always = self._always_trained(module, trainable)
+        weights = find_weights(module)
         candidates, frozen_before = [], 0
-        for weight in included(module, self.include, self.exclude):
+        for weight in included(weights, module, self.include, self.exclude):
             if weight.name in always:
                 continue
-            if self._may_train(module, parameters[weight.name]):
+            if weight.name in trainable:
                 candidates.append(weight)
             else:
                 frozen_before += 1
@@ -247,19 +250,25 @@ class KappaFreezeCallback(Callback):
             )
         profile = self._profile(trainer, module, candidates)
         selected = select(list(profile), self.budget, self.criterion)
-        trained = {name for name in [*selected, *always] if self._may_train(module, parameters[name])}
+        companions = {weight.name: weight.companions for weight in weights}
+        trained = {*selected, *always, *(name for chosen in selected for name in companions[chosen])} & trainable
         if self.train_vectors:
-            matrices = {weight.name for weight in find_weights(module)}
-            trained |= {name for name, p in parameters.items() if name not in matrices and self._may_train(module, p)}
+            trained |= trainable - {name for weight in weights for name in (weight.name, *weight.companions)}
+        dead = [row.name for row in profile if row.frobenius_norm == 0 and row.name not in trained]
+        if dead:
+            rank_zero_warn(
+                f"{len(dead)} candidate(s) are all zero, so their κ is infinite and they stay frozen, {dead[0]} first. "
+                "If they are new, such as the B of a LoRA adapter, name them in always_train"
+            )
         return _Plan(trained, selected, profile)
 
-    def _always_trained(self, module: pl.LightningModule) -> set[str]:
+    def _always_trained(self, module: pl.LightningModule, trainable: set[str]) -> set[str]:
         parameters = plain_parameters(module)
         always = match_names(parameters, self.always_train, argument="always_train", aliases=tied_names(module))
         for name in sorted(always):
             if not parameters[name].is_floating_point():
                 raise TypeError(f"always_train matches {name}, which is {parameters[name].dtype} and cannot be trained")
-        stay = [name for name in sorted(always) if not self._may_train(module, parameters[name])]
+        stay = [name for name in sorted(always) if name not in trainable]
         if stay:
             rank_zero_warn(
                 f"always_train matches {len(stay)} parameter(s) that were frozen before and stay so: {stay[0]}"
@@ -271,13 +280,7 @@ class KappaFreezeCallback(Callback):
         if known is None and self.profile_path is not None and self.profile_path.exists():
             known = KappaProfile.load(self.profile_path)
         if known is not None:
-            missing = [weight.name for weight in candidates if weight.name not in known]
-            if missing:
-                raise ValueError(
-                    f"the profile has no row for {missing[0]} ({len(missing)} of {len(candidates)} candidates are "
-                    "missing): it is another model's or was computed with other patterns"
-                )
-            profile = known.restrict(weight.name for weight in candidates)
+            profile = known.renamed_for([weight.name for weight in candidates])
             profile.check(module)
             return profile
         return KappaProfile.from_weights(
@@ -286,7 +289,7 @@ class KappaFreezeCallback(Callback):
             solver=self.solver,
             rtol=self.rtol,
             experts=self.experts,
-            save_to=self.profile_path,
+            save_to=self.profile_path if batch_limit(trainer) is None else None,
             watch=lambda rows: track(
                 trainer, rows, total=len(candidates), description="Condition numbers", unit="tensor"
             ),
@@ -310,21 +313,20 @@ class KappaFreezeCallback(Callback):
     def _plan_of_names(
         self, module: pl.LightningModule, trained: Sequence[str], selected: Sequence[str], profile: KappaProfile
     ) -> _Plan:
-        parameters = plain_parameters(module)
+        parameters, trainable = plain_parameters(module), self._trainable(module)
         for name in trained:
             if name not in parameters:
-                raise ValueError(f"the checkpoint trains {name}, which this model has not: it is another model's")
-            if not self._may_train(module, parameters[name]):
+                raise ValueError(f"the earlier run trained {name}, which this model has not: it is another model's")
+            if name not in trainable:
                 raise ValueError(
-                    f"the checkpoint trains {name}, which is frozen here (requires_grad=False): unfreeze it"
+                    f"the earlier run trained {name}, which is frozen here (requires_grad=False): unfreeze it"
                 )
+        shapes = {weight.name: weight.shape for weight in find_weights(module)}
         for row in profile:
-            shape = tuple(parameters[row.name].shape) if row.name in parameters else None
+            shape = shapes.get(row.name)
             if shape != row.shape:
                 found = "missing here" if shape is None else f"{shape} here"
-                raise ValueError(
-                    f"the checkpoint was saved from another model: {row.name} is {row.shape} there and {found}"
-                )
+                raise ValueError(f"the earlier run was of another model: {row.name} is {row.shape} there and {found}")
         return _Plan(set(trained), list(selected), profile)
 
     def _arguments(self) -> dict[str, Any]:
@@ -341,17 +343,19 @@ class KappaFreezeCallback(Callback):
     def _last_module(self) -> nn.Module | None:
         return None if self._module is None else self._module()
 
-    def _may_train(self, module: pl.LightningModule, parameter: nn.Parameter) -> bool:
-        """Whether a parameter was not frozen by anybody but this callback in an earlier fit."""
-        earlier = self._frozen_here if self._last_module() is module else []
-        return parameter.requires_grad or any(parameter is frozen for frozen in earlier)
+    def _trainable(self, module: pl.LightningModule) -> set[str]:
+        """The names of what nobody has frozen but this callback, in an earlier fit."""
+        earlier = {id(parameter) for parameter in self._frozen_here} if self._last_module() is module else set()
+        return {name for name, p in plain_parameters(module).items() if p.requires_grad or id(p) in earlier}
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert self.profile is not None
         parameters = plain_parameters(module)
         sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-        matrices = {weight.name for weight in find_weights(module)}
+        weights = find_weights(module)
+        matrices = {name for weight in weights for name in (weight.name, *weight.companions)}
         selected = set(self.selected_names)
+        selected |= {name for weight in weights if weight.name in selected for name in weight.companions}
         rest = [name for name in self.trained_names if name not in selected]
         frozen = [name for name in self.frozen_names if name not in self.profile]
         groups = [

@@ -85,8 +85,15 @@ class KappaMonitor(Callback):
         self._weights: dict[str, Weight] = {}
         self._trained: set[str] = set()
         self._settings: dict[str, Any] = {}
-        self._restored = False
+        self._restored: dict[str, Any] | None = None
         self._module: weakref.ref[nn.Module] | None = None
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Called before load_state_dict, and also if the checkpoint has no state of this callback.
+        self._restored = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -95,12 +102,14 @@ class KappaMonitor(Callback):
         # Not on_fit_start: by now every callback has frozen what it freezes, whatever their order.
         self._weights = {weight.name: weight for weight in self._watched(pl_module)}
         self._trained = {name for name, weight in self._weights.items() if _trains(weight)}
-        resumed = trainer.ckpt_path is not None and self._restored
+        resumed = trainer.ckpt_path is not None and self._restored is not None
         continued = trainer.global_step > 0 and self._module is not None and self._module() is pl_module
-        self._restored = False
-        self._module = weakref.ref(pl_module)
-        if not (resumed or continued):
+        if self._restored is not None and resumed:
+            self.baseline, self.history = dict(self._restored["baseline"]), list(self._restored["history"])
+        elif not continued:
             self.baseline, self.history = {}, []
+        self._restored = None
+        self._module = weakref.ref(pl_module)
         known = _profile_at_start(trainer)
         if known is not None:
             # Computed in another way, κ would seem to have drifted.
@@ -118,8 +127,9 @@ class KappaMonitor(Callback):
         late = [name for name in kappas if known is None or name not in known]
         if late:
             rank_zero_warn(
-                f"the checkpoint has no figures of KappaMonitor: the drift of {len(late)} tensor(s), {late[0]} first, "
-                "is relative to the resumed weights"
+                f"this run starts with trained weights and without figures of KappaMonitor: the drift of {len(late)} "
+                f"tensor(s), {late[0]} first, "
+                "is relative to them"
             )
         self._record(trainer, kappas, epoch=trainer.current_epoch)
 
@@ -127,7 +137,7 @@ class KappaMonitor(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.barebones or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        if self.history[-1]["step"] == trainer.global_step:
+        if self.history[-1]["epoch"] == trainer.current_epoch + 1:
             return
         trained = {name for name, weight in self._weights.items() if _trains(weight)}
         # One that another callback froze meanwhile has changed since its last figure, too.
@@ -145,9 +155,8 @@ class KappaMonitor(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            self.baseline, self.history = dict(state_dict["baseline"]), list(state_dict["history"])
-            self._restored = True
+        # Lightning calls this for validate, test and predict, too; only a fit takes it over.
+        self._restored = state_dict or None
 
     def _watched(self, module: pl.LightningModule) -> list[Weight]:
         weights = find_weights(module)

@@ -23,7 +23,8 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
-        logger.log_metrics(dict(scalars), step=trainer.global_step)
+        # Lightning adds the epoch to whatever it logs; a table of figures is joined by it.
+        logger.log_metrics({**scalars, "epoch": trainer.current_epoch}, step=trainer.global_step)
         logger.save()
 
 

@@ -44,22 +44,39 @@ def compute_rows(
     Raises:
         ValueError: if a weight has NaN or infinite entries; the message names it.
     """
+    if not weights:
+        return
     target = _common_device(weights) if device is None else torch.device(device)
     for batch, tensors in _loaded(_batches(weights, target), target):
-        contents = [fingerprint(tensor) for tensor in tensors]
-        pending = []
-        for weight, tensor, content in zip(batch, tensors, contents, strict=True):
-            known = journal.find(weight.name, content) if journal is not None else None
-            if known is not None:
-                yield known
-            else:
-                pending.append((weight, tensor, content))
-        if not pending:
-            continue
-        for row in _decompose(pending, solver=solver, rtol=rtol, experts=experts):
-            if journal is not None:
-                journal.append(row)
-            yield row
+        yield from _finish(batch, tensors, solver=solver, rtol=rtol, experts=experts, journal=journal)
+        # Let go before the next batch is read, or two would be in memory.
+        del tensors
+
+
+def _finish(
+    batch: Sequence[Weight],
+    tensors: Sequence[Tensor],
+    *,
+    solver: str,
+    rtol: float,
+    experts: str,
+    journal: Journal | None,
+) -> Iterator[KappaRow]:
+    """The rows of a batch, from the journal where it has them."""
+    pending = []
+    for weight, tensor in zip(batch, tensors, strict=True):
+        content = fingerprint(tensor)
+        known = journal.find(weight.name, content) if journal is not None else None
+        if known is not None:
+            yield known
+        else:
+            pending.append((weight, tensor, content))
+    if not pending:
+        return
+    for row in _decompose(pending, solver=solver, rtol=rtol, experts=experts):
+        if journal is not None:
+            journal.append(row)
+        yield row
 
 
 def _decompose(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +97,7 @@ class KappaProfile:
             ValueError: if a pattern matches no parameter, no matrix is left, or a weight has NaN or infinite entries
                 (the message names it).
         """
-        weights = included(module, include, exclude)
+        weights = included(find_weights(module), module, include, exclude)
         if not weights:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
         watch = progress_bar(weights) if progress else None
@@ -163,6 +165,10 @@ class KappaProfile:
         if experts not in EXPERTS:
             raise ValueError(f"experts={experts!r} is unknown: use one of {', '.join(map(repr, EXPERTS))}")
         settings = {"solver": solver, "rtol": rtol, "experts": experts}
+        if save_to is not None and not Path(save_to).parent.is_dir():
+            raise FileNotFoundError(
+                f"the profile cannot be saved to {save_to}: there is no folder {Path(save_to).parent}"
+            )
         journal = None if save_to is None else Journal(f"{os.fspath(save_to)}.partial", settings)
         rows = compute_rows(weights, device=device, solver=solver, rtol=rtol, experts=experts, journal=journal)
         finished = {row.name: row for row in (rows if watch is None else watch(rows))}
@@ -203,6 +209,28 @@ class KappaProfile:
         """
         rows = (self[name] for name in names)
         return KappaProfile(rows, solver=self.solver, rtol=self.rtol, experts=self.experts)
+
+    def renamed_for(self, names: Sequence[str]) -> KappaProfile:
+        """The rows of a model's parameters, where this profile may name them without the model's place in a module.
+
+        A checkpoint names ``layers.0.weight`` what a LightningModule that holds the model as ``net`` names
+        ``net.layers.0.weight``. Whether they are the same weights is for :meth:`check` to say.
+
+        Args:
+            names: parameter names; each is a row's name, or all are with one common prefix in front.
+
+        Raises:
+            ValueError: if a name has no row.
+        """
+        prefixes = [""] + [names[0].removesuffix(row.name) for row in self if names[0].endswith(f".{row.name}")]
+        for prefix in prefixes:
+            if all(name.startswith(prefix) and name.removeprefix(prefix) in self for name in names):
+                rows = (replace(self[name.removeprefix(prefix)], name=name) for name in names)
+                return KappaProfile(rows, solver=self.solver, rtol=self.rtol, experts=self.experts)
+        missing = next(name for name in names if name not in self)
+        raise ValueError(
+            f"the profile has no row for {missing}: it is another model's, or was computed with other patterns"
+        )
 
     def check(self, module: nn.Module) -> None:
         """Make sure that this is the profile of a module's present weights.
@@ -281,12 +309,14 @@ class KappaProfile:
         return f"KappaProfile({len(self)} tensors{span})"
 
 
-def included(module: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> list[Weight]:
-    """The matrices of a module that ``include`` matches and ``exclude`` does not, in the model's order."""
+def included(
+    weights: Sequence[Weight], module: nn.Module, include: Sequence[str], exclude: Sequence[str]
+) -> list[Weight]:
+    """Those of a module's matrices that ``include`` matches and ``exclude`` does not."""
     names, aliases = plain_parameters(module), tied_names(module)
     wanted = match_names(names, include, argument="include", aliases=aliases)
     wanted -= match_names(names, exclude, argument="exclude", aliases=aliases)
-    return [weight for weight in find_weights(module) if weight.name in wanted]
+    return [weight for weight in weights if weight.name in wanted]
 
 
 def progress_bar(weights: Sequence[Weight]) -> Watch:

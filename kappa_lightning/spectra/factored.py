@@ -94,15 +94,15 @@ def _read_off(
         sigma_max, sigma_min = sigma[..., 0], sigma[..., -1]
         width = torch.ones_like(sigma_max)
     else:
-        tolerance = 0.8 * min(rtol, 0.1)
+        tolerance = min(rtol, 0.1)
         device = error.device
-        largest, largest_upper = largest_eigenvalue(factor.gram, n, count, device=device, tolerance=tolerance)
+        largest, largest_upper = largest_eigenvalue(factor.gram, n, count, device=device, tolerance=1.5 * tolerance)
         smallest, smallest_upper = largest_eigenvalue(
             lambda block: factor.solve(factor.solve_transposed(block)),
             n,
             count,
             device=device,
-            tolerance=tolerance,
+            tolerance=0.4 * tolerance,
             roundoff=lambda top: rounding_error((largest * top).sqrt(), n),
         )
         sigma_max, sigma_min = largest.sqrt(), smallest.rsqrt()

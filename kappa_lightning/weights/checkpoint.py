@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kappa_lightning.weights.names import plain_name
 from kappa_lightning.weights.weight import Weight, as_convolution, is_matrix_shape, view_of
 
 _INDEX = "model.safetensors.index.json"
@@ -50,10 +52,12 @@ def _from_folder(folder: Path) -> Iterator[Weight]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of safetensors shards, or a damaged one: {error!r}") from error
         for shard in shards:
+            if not isinstance(shard, str):
+                raise ValueError(f"{index} is a damaged index: it names {shard!r} as a shard")
             if not (folder / shard).is_file():
                 raise FileNotFoundError(f"{index} names the shard {shard}, which is not there: download it again")
             yield from _from_safetensors(folder / shard)
@@ -80,40 +84,66 @@ def _from_safetensors(file: Path) -> Iterator[Weight]:
             described = [(name, tuple(s.get_shape()), _DTYPES.get(s.get_dtype())) for name, s in slices.items()]
     except SafetensorError as error:
         raise ValueError(f"{file} is corrupt or truncated ({error}): download it again") from error
+    names = set(slices)
     for name, shape, dtype in described:
-        yield from _weight(file, name, shape, dtype, partial(read, name))
+        yield from _weight(file, name, shape, dtype, partial(read, name), names)
 
 
 def _from_pickle(file: Path) -> Iterator[Weight]:
     try:
         # Mapped, not loaded: a tensor's bytes are read when it is.
-        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        mapped = zipfile.is_zipfile(file)  # what torch.save writes since version 1.6; older files must be loaded
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} is no checkpoint that can be read without running its code ({error}): save its state_dict alone"
+            f"{file} is no checkpoint, a truncated one, or one that cannot be read without running its code: save its "
+            "state_dict alone"
         ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file} is no checkpoint, or a truncated one ({reason}): download it again") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{file} holds no state_dict of named tensors")
+    names, seen = set(state), set()
     for name, tensor in state.items():
-        if isinstance(tensor, Tensor):
-            yield from _weight(file, name, tuple(tensor.shape), tensor.dtype, tensor.detach)
+        if not isinstance(tensor, Tensor):
+            continue
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.numel() and place in seen:
+            continue  # a tied weight, which stands under its first name
+        seen.add(place)
+        yield from _weight(file, name, tuple(tensor.shape), tensor.dtype, tensor.detach, names)
 
 
 def _weight(
-    file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, read: Callable[[], Tensor]
+    file: Path,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    read: Callable[[], Tensor],
+    names: set[str],
 ) -> Iterator[Weight]:
-    if not is_matrix_shape(name, shape):
-        return
-    if dtype is None or not dtype.is_floating_point:
-        if name.endswith("weight"):
-            raise ValueError(
-                f"{name} in {file} is stored as {dtype or 'an unknown type'}, quantised: load the model with its "
-                "library and use KappaProfile.from_model"
-            )
+    if _is_quantised(name, shape, dtype, names):
+        raise ValueError(
+            f"{name} in {file} is stored as {dtype or 'an unknown type'}, quantised: load the model with its library "
+            "and use KappaProfile.from_model"
+        )
+    # A weight of two dimensions is a Linear's or an Embedding's, even if one of them is 1.
+    is_matrix = is_matrix_shape(name, shape) or (len(shape) == 2 and name.endswith(".weight"))
+    if dtype is None or not dtype.is_floating_point or not is_matrix:
         return
     view = as_convolution if len(shape) == 3 and "conv" in name.lower() else view_of(shape)
-    yield Weight(name, shape, dtype, read, view)
+    yield Weight(plain_name(name), shape, dtype, read, view)
+
+
+def _is_quantised(name: str, shape: tuple[int, ...], dtype: torch.dtype | None, names: set[str]) -> bool:
+    """Whether a tensor holds codes: 8-bit integers, an integer weight, or numbers with a scale of their own."""
+    if len(shape) < 2 or dtype in (torch.bool, torch.complex64, torch.complex128):
+        return False
+    if dtype is None or not dtype.is_floating_point:
+        return dtype is None or dtype.itemsize == 1 or name.endswith("weight")
+    return dtype.itemsize == 1 and any(f"{name}{end}" in names for end in ("_scale_inv", "_scale"))
 
 
 def _cached(model_id: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from kappa_lightning.weights.names import plain_name
 from kappa_lightning.weights.quantised import dequantise, is_quantised, logical_shape
@@ -49,27 +50,27 @@ def find_weights(module: nn.Module) -> list[Weight]:
 
 def _weights(module: nn.Module, layers: dict[str, nn.Module]) -> Iterator[Weight]:
     for stored_name, parameter in module.named_parameters():
-        name, (owner, _, attribute) = plain_name(stored_name), stored_name.rpartition(".")
+        owner, _, attribute = stored_name.rpartition(".")
         layer = layers[owner]
         if isinstance(layer, ParametrizationList):
-            weight = _parametrised(name, parameter, layer, layers, owner)
-            if weight is not None:
-                yield weight
-        elif _is_matrix(name, parameter, layer):
-            shape = () if isinstance(parameter, UninitializedParameter) else logical_shape(parameter)
-            read = partial(_read, name, parameter, layer)
-            yield Weight(name, shape, parameter.dtype, read, _view(layer, attribute, shape), parameter)
+            made = _parametrised(owner, layer, layers)
+        elif (hook := _weight_norm(layer, attribute)) is not None:
+            made = _weight_normalised(owner, layer, hook)
+        else:
+            made = None
+            if _is_matrix(attribute, parameter, layer):
+                name = plain_name(stored_name)
+                shape = () if isinstance(parameter, UninitializedParameter) else logical_shape(parameter)
+                read = partial(_read, name, parameter, layer)
+                yield Weight(name, shape, parameter.dtype, read, _view(layer, attribute, shape), parameter)
+        if made is not None and made.parameter is parameter:
+            yield made
 
 
-def _parametrised(
-    name: str, parameter: nn.Parameter, stored: ParametrizationList, layers: dict[str, nn.Module], owner: str
-) -> Weight | None:
-    """The weight that a parametrisation makes, under the name of its (largest) original; ``None`` for the others."""
+def _parametrised(owner: str, stored: ParametrizationList, layers: dict[str, nn.Module]) -> Weight | None:
+    """The weight that a parametrisation makes, under the name of its largest original."""
     layer_name, _, attribute = owner.rpartition("parametrizations.")
     layer = layers[layer_name.rstrip(".")]
-    originals = list(stored.parameters(recurse=False))
-    if parameter is not max(originals, key=lambda p: p.numel()):
-        return None
 
     def read() -> Tensor:
         # In training mode some parametrisations, such as spectral normalisation, change their buffers when read.
@@ -82,13 +83,42 @@ def _parametrised(
             for submodule, training in modes.items():
                 submodule.training = training
 
-    if parameter.is_meta:
-        raise ValueError(_META.format(name=name))
+    originals = dict(stored.named_parameters(prefix=owner, recurse=False))
+    return _made(originals, read, layer, attribute)
+
+
+def _weight_norm(layer: nn.Module, attribute: str) -> WeightNorm | None:
+    """The hook of the older ``torch.nn.utils.weight_norm``, if the parameter is one of its two."""
+    if not attribute.endswith(("_g", "_v")):
+        return None
+    hooks = (hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm))
+    return next((hook for hook in hooks if attribute in (f"{hook.name}_g", f"{hook.name}_v")), None)
+
+
+def _weight_normalised(owner: str, layer: nn.Module, hook: WeightNorm) -> Weight | None:
+    def read() -> Tensor:
+        with torch.no_grad():
+            return hook.compute_weight(layer).detach()  # type: ignore[no-any-return]
+
+    prefix = f"{owner}." if owner else ""
+    originals = {f"{prefix}{hook.name}{end}": getattr(layer, f"{hook.name}{end}") for end in ("_g", "_v")}
+    return _made(originals, read, layer, hook.name)
+
+
+def _made(
+    originals: dict[str, nn.Parameter], read: Callable[[], Tensor], layer: nn.Module, attribute: str
+) -> Weight | None:
+    """A weight that is made from several parameters; ``None`` if what they make is no matrix."""
+    first = max(originals, key=lambda name: originals[name].numel())
+    if any(parameter.is_meta for parameter in originals.values()):
+        raise ValueError(_META.format(name=plain_name(first)))
     effective = read()
-    if not _is_matrix(f"{layer_name}{attribute}", effective, layer):
+    if not _is_matrix(attribute, effective, layer):
         return None
     shape = tuple(effective.shape)
-    return Weight(name, shape, effective.dtype, read, _view(layer, attribute, shape), parameter)
+    companions = tuple(plain_name(name) for name in originals if name != first)
+    view = _view(layer, attribute, shape)
+    return Weight(plain_name(first), shape, effective.dtype, read, view, originals[first], companions)
 
 
 _META = "{name} is on the meta device and has no values: load the model's weights first"
@@ -104,14 +134,12 @@ def _read(name: str, parameter: nn.Parameter, layer: nn.Module) -> Tensor:
     return parameter.detach()
 
 
-def _is_matrix(name: str, weight: Tensor, layer: nn.Module) -> bool:
-    if isinstance(weight, UninitializedParameter):
-        return isinstance(layer, _MATRIX_LAYERS) and name.endswith("weight")
-    if isinstance(layer, _NORMALISATION):
+def _is_matrix(attribute: str, weight: Tensor, layer: nn.Module) -> bool:
+    if isinstance(layer, _MATRIX_LAYERS) and attribute == "weight":
+        return isinstance(weight, UninitializedParameter) or weight.ndim >= 2
+    if isinstance(weight, UninitializedParameter) or isinstance(layer, _NORMALISATION):
         return False
-    if isinstance(layer, _MATRIX_LAYERS) and weight.ndim >= 2 and not name.endswith("bias"):
-        return True
-    return is_matrix_shape(name, tuple(weight.shape))
+    return is_matrix_shape(attribute, tuple(weight.shape))
 
 
 def _view(layer: nn.Module, attribute: str, shape: tuple[int, ...]) -> View:

@@ -23,6 +23,7 @@ class Weight:
         read: returns the whole tensor, dequantised if need be.
         view: turns that tensor into matrices.
         parameter: the parameter, if the weight is a model's.
+        companions: the names of further parameters that the weight is made from, where it is parametrised.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Weight:
     read: Callable[[], Tensor]
     view: View
     parameter: nn.Parameter | None = None
+    companions: tuple[str, ...] = ()
 
     @property
     def is_stack(self) -> bool:
