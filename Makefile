@@ -11,7 +11,6 @@ help: ## Show the targets
 
 demo: $(VENV)/.demo ## Teach a sentence encoder to see, and measure what it forgets
 	$(BIN)/python -m recipes.image_text $(ARGS)
-	@echo "Open it with:  $(BIN)/tensorboard --logdir runs/image_text"
 
 test: $(VENV)/.dev ## Run the tests and the examples in the documentation
 	$(BIN)/python -m pytest $(ARGS)

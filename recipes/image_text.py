@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -379,7 +381,7 @@ def show(results: Sequence[Result], console: Console) -> None:
     """Print the table."""
     table = Table(title="Two-digit scenes: what was learned, and what is left of sentence similarity")
     table.add_column("method")
-    for header in ("task accuracy", "STS Spearman", "retention", "trainable parameters", "seconds"):
+    for header in ("task accuracy", "STS Spearman", "retention", "trainable parameters", "seconds, all in"):
         table.add_column(header, justify="right")
     for result in results:
         table.add_row(
@@ -391,6 +393,12 @@ def show(results: Sequence[Result], console: Console) -> None:
             f"{result.seconds:.0f}",
         )
     console.print(table)
+
+
+def tensorboard() -> str:
+    """How to call the TensorBoard that is installed beside this Python, from where this was called."""
+    script = Path(sys.executable).with_name("tensorboard")
+    return os.path.relpath(script) if script.is_file() else "tensorboard"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -430,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     results = [run(method, args) for method in args.methods]
     console = Console()
     show(results, console)
-    console.print(f"Curves, pictures and rankings:  tensorboard --logdir {args.log_dir}", highlight=False)
+    console.print(f"Curves, pictures and rankings:  {tensorboard()} --logdir {args.log_dir}", highlight=False)
     return results
 
 
