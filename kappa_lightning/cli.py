@@ -53,7 +53,7 @@ def _scan(args: argparse.Namespace, budget: Budget) -> int:
     )
     names = select(list(profile), budget, args.criterion)
     if args.figure is not None:
-        profile_figure(profile, names, title=f"{Path(args.model).name}, {budget}").savefig(args.figure)
+        profile_figure(profile, names, title=f"{'/'.join(Path(args.model).parts[-2:])}, {budget}").savefig(args.figure)
     if args.names:
         print("\n".join(names))
         return 0

@@ -108,7 +108,9 @@ def profile_figure(profile: KappaProfile, selected: Collection[str] = (), *, tit
     if dots:
         x, y = zip(*dots, strict=True)
         axes.scatter(x, y, s=26, c="white", edgecolors="black", linewidths=0.9, label="trains")
-        figure.legend(loc="outside upper right", fontsize=8, frameon=False)
+        # Beside the label of the axis, where it costs no room of its own.
+        below = (1.0, 0.0)
+        axes.legend(loc="upper right", bbox_to_anchor=below, borderaxespad=2.2, fontsize=7, frameon=False)
     axes.set_yticks(range(len(roles)), labels, fontsize=7)
     ticks = list(range(0, len(columns), max(1, len(columns) // 16)))
     axes.set_xticks(ticks, ["–" if columns[t] is None else str(columns[t]) for t in ticks], fontsize=7)

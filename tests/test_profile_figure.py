@@ -92,7 +92,7 @@ def test_colour_bar_tells_what_the_colour_is():
 def test_dots_are_on_what_trains():
     figure = profile_figure(profile(TRANSFORMER), ["layers.2.mlp.weight", "embed.weight"])
     assert dots(figure) == {("layers.*.mlp", 3), ("embed", 0)}
-    (legend,) = figure.legends
+    legend = figure.axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["trains"]
 
 
