@@ -60,8 +60,10 @@ class _Groups:
     def restore(self, optimizer: Optimizer) -> None:
         kept = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         # Groups that another callback added since keep what they have.
+        added = {id(p) for group in optimizer.param_groups[len(self.aligned) :] for p in group["params"]}
         for group, aligned in zip(optimizer.param_groups, self.aligned, strict=False):
-            group.update(aligned)
+            back = [index for index, p in enumerate(aligned["params"]) if id(p) not in added]
+            group.update({key: [values[index] for index in back] for key, values in aligned.items()})
         optimizer.state.update({p: state for p, state in self.state.items() if id(p) not in kept})
 
 

@@ -219,15 +219,19 @@ class ForgettingEval(Callback):
             monitor = getattr(callback, "monitor", None)
             if not isinstance(callback, ModelCheckpoint | EarlyStopping) or not str(monitor).startswith("forgetting/"):
                 continue
-            # The private attribute is what the argument of the same name is kept in; it has no public form.
+            # What these arguments are kept in has no public form.
+            at_epoch_end = getattr(callback, "_save_on_train_epoch_end", None) or getattr(
+                callback, "_check_on_train_epoch_end", False
+            )
+            by_steps = isinstance(callback, ModelCheckpoint) and callback._every_n_epochs < 1
             seldom = isinstance(callback, ModelCheckpoint) and callback._every_n_epochs % self.every_n_epochs == 0
-            if self.every_n_epochs > 1 and not seldom:
+            if by_steps or (self.every_n_epochs > 1 and not seldom):
                 rank_zero_warn(
                     f"{type(callback).__name__} monitors {monitor}, which is measured every {self.every_n_epochs} "
-                    "epochs; between, it sees the last figure, at first the 1.0 from before training. Use "
-                    f"ForgettingEval(every_n_epochs=1), or ModelCheckpoint(every_n_epochs={self.every_n_epochs})"
+                    "epoch(s); between, it sees the last figure, at first the 1.0 from before training. Use "
+                    f"ForgettingEval(every_n_epochs=1) and ModelCheckpoint(every_n_epochs={self.every_n_epochs})"
                 )
-            elif mid_epoch:
+            elif mid_epoch and not at_epoch_end:
                 rank_zero_warn(
                     f"{type(callback).__name__} monitors {monitor}, which is measured after an epoch, and validation "
                     f"runs within it (val_check_interval={trainer.val_check_interval}); there it sees the figure of "

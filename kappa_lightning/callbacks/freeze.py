@@ -354,27 +354,24 @@ class KappaFreezeCallback(Callback):
         sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         weights = find_weights(module)
         matrices = {name for weight in weights for name in (weight.name, *weight.companions)}
-        selected = set(self.selected_names)
-        selected |= {name for weight in weights if weight.name in selected for name in weight.companions}
+        made_of = {weight.name: (weight.name, *weight.companions) for weight in weights}
+        chosen = set(self.selected_names)
+        selected = {name for candidate in chosen for name in made_of[candidate]}
+        passed = {name for row in self.profile if row.name not in chosen for name in made_of[row.name]}
         rest = [name for name in self.trained_names if name not in selected]
-        frozen = [name for name in self.frozen_names if name not in self.profile]
+        frozen = [name for name in self.frozen_names if name not in passed]
         groups = [
             Group.of("trains: selected by " + self.criterion, selected, sizes, self.profile),
             Group.of("trains: always_train", [n for n in rest if not self.train_vectors or n in matrices], sizes),
             Group.of("trains: vectors", [n for n in rest if self.train_vectors and n not in matrices], sizes),
-            Group.of(
-                "frozen by " + self.criterion,
-                [r.name for r in self.profile if r.name not in selected],
-                sizes,
-                self.profile,
-            ),
+            Group.of("frozen by " + self.criterion, passed, sizes, self.profile),
             Group.of("frozen: no candidate", [n for n in frozen if n in matrices], sizes),
             Group.of("frozen: vectors", [n for n in frozen if n not in matrices], sizes),
         ]
         if not trainer.barebones:
             rank_zero_info(training_table(groups, title=f"KappaFreezeCallback({self.budget})"))
         ranking = rank(self.profile, self.criterion)
-        log_text(trainer, "kappa/ranking", ranking_markdown(ranking, selected))
+        log_text(trainer, "kappa/ranking", ranking_markdown(ranking, chosen))
 
 
 def _saves_on_exception(trainer: pl.Trainer) -> bool:
