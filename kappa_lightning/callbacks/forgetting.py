@@ -214,6 +214,7 @@ class ForgettingEval(Callback):
 
     def _warn_of_stale_monitors(self, trainer: pl.Trainer) -> None:
         mid_epoch = trainer.check_val_every_n_epoch is not None and trainer.val_check_interval != 1.0
+        often = "after every epoch" if self.every_n_epochs == 1 else f"every {self.every_n_epochs} epochs"
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             monitor = getattr(callback, "monitor", None)
@@ -227,8 +228,7 @@ class ForgettingEval(Callback):
             seldom = isinstance(callback, ModelCheckpoint) and callback._every_n_epochs % self.every_n_epochs == 0
             if by_steps or (self.every_n_epochs > 1 and not seldom):
                 rank_zero_warn(
-                    f"{type(callback).__name__} monitors {monitor}, which is measured every {self.every_n_epochs} "
-                    "epoch(s); between, it sees the last figure, at first the 1.0 from before training. Use "
+                    f"{type(callback).__name__} monitors {monitor}, which is measured {often}; between, it sees the last figure, at first the 1.0 from before training. Use "
                     f"ForgettingEval(every_n_epochs=1) and ModelCheckpoint(every_n_epochs={self.every_n_epochs})"
                 )
             elif mid_epoch and not at_epoch_end:
