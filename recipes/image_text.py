@@ -361,6 +361,7 @@ def run(method: str, args: argparse.Namespace) -> Result:
         precision=args.precision,
         enable_checkpointing=False,
         enable_model_summary=False,
+        num_sanity_val_steps=0,
         log_every_n_steps=10,
     )
     started = time.perf_counter()

@@ -228,7 +228,8 @@ class ForgettingEval(Callback):
             seldom = isinstance(callback, ModelCheckpoint) and callback._every_n_epochs % self.every_n_epochs == 0
             if by_steps or (self.every_n_epochs > 1 and not seldom):
                 rank_zero_warn(
-                    f"{type(callback).__name__} monitors {monitor}, which is measured {often}; between, it sees the last figure, at first the 1.0 from before training. Use "
+                    f"{type(callback).__name__} monitors {monitor}, which is measured {often}; between, it sees the "
+                    "last figure, at first the 1.0 from before training. Use "
                     f"ForgettingEval(every_n_epochs=1) and ModelCheckpoint(every_n_epochs={self.every_n_epochs})"
                 )
             elif mid_epoch and not at_epoch_end:
