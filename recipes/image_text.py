@@ -265,7 +265,7 @@ def scenes_figure(images: Tensor, scenes: Sequence[int], guesses: Sequence[int],
     order = [*order[: shown // 2], *order[len(order) - (shown - shown // 2) :]]
     figure = Figure(figsize=(10, 4.4), dpi=100, layout="constrained")
     for axes, index in zip(figure.subplots(3, shown // 3).flat, order, strict=False):
-        axes.imshow(images[index, 0], cmap="gray_r")
+        axes.imshow(images[index, 0].numpy(), cmap="gray_r")
         axes.set_title(
             caption(guesses[index], 0), fontsize=7, color="green" if guesses[index] == scenes[index] else "red"
         )
