@@ -111,6 +111,12 @@ def run_floor(matrix: Tensor) -> list[float]:
     return []
 
 
+def run_qr(matrix: Tensor) -> list[float]:
+    """The bare float32 QR, of square matrices as well."""
+    torch.linalg.qr(matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT, mode="r")
+    return []
+
+
 def run_floor64(matrix: Tensor) -> list[float]:
     """The same in float64, the precision in which a κ of 1e4 and more is known to 1e-3."""
     return run_floor(matrix.double())
@@ -121,6 +127,7 @@ COMPETITORS: dict[str, Callable[[Tensor], list[float]]] = {
     "PEFT selector": run_peft,
     "torch.linalg.svd": run_svd,
     "bare LU/QR float32": run_floor,
+    "bare QR float32": run_qr,
     "bare LU/QR float64": run_floor64,
 }
 SLOW = ("PEFT selector", "torch.linalg.svd")

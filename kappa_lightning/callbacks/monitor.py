@@ -128,8 +128,7 @@ class KappaMonitor(Callback):
         if late:
             rank_zero_warn(
                 f"this run starts with trained weights and without figures of KappaMonitor: the drift of {len(late)} "
-                f"tensor(s), {late[0]} first, "
-                "is relative to them"
+                f"tensor(s), {late[0]} first, is relative to those weights"
             )
         self._record(trainer, kappas, epoch=trainer.current_epoch)
 
@@ -148,6 +147,15 @@ class KappaMonitor(Callback):
         moving |= {name: weight for name, weight in self._weights.items() if name not in last}
         kappas.update(self._measure(trainer, moving))
         self._record(trainer, kappas, epoch=trainer.current_epoch + 1)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A callback that outlives the fit must not keep the model in memory.
+        self._weights = {}
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._weights = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:

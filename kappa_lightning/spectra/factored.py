@@ -94,15 +94,18 @@ def _read_off(
         sigma_max, sigma_min = sigma[..., 0], sigma[..., -1]
         width = torch.ones_like(sigma_max)
     else:
-        tolerance = min(rtol, 0.1)
+        # Both widths are those of squares, so they may add up to 2·rtol; what the top leaves is for the bottom.
+        budget = 1.9 * min(rtol, 0.1)
         device = error.device
-        largest, largest_upper = largest_eigenvalue(factor.gram, n, count, device=device, tolerance=1.5 * tolerance)
+        top_share = 0.8 * budget
+        largest, largest_upper = largest_eigenvalue(factor.gram, n, count, device=device, tolerance=top_share)
+        left = (budget - (largest_upper / largest - 1)).clamp(budget - top_share, top_share).min()
         smallest, smallest_upper = largest_eigenvalue(
             lambda block: factor.solve(factor.solve_transposed(block)),
             n,
             count,
             device=device,
-            tolerance=0.4 * tolerance,
+            tolerance=float(left),
             roundoff=lambda top: rounding_error((largest * top).sqrt(), n),
         )
         sigma_max, sigma_min = largest.sqrt(), smallest.rsqrt()

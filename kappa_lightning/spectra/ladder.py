@@ -19,8 +19,8 @@ _FAST_FLOAT64 = frozenset({(7, 0), (8, 0), (9, 0), (10, 0)})
 # measured; a GPU's dense decompositions are slower by far next to its products.
 _LANCZOS_FROM = {"cpu": 448}
 _LANCZOS_FROM_ELSEWHERE = 128
-# A CPU converts so many rows at a time that they stay in its cache, a GPU so many that its products are large.
-_ROWS = {"cpu": 256}
+# Rows that are converted at a time: so few that a CPU allocates little, so many that the products are efficient.
+_ROWS = {"cpu": 1024}
 _ROWS_ELSEWHERE = 4096
 _FEWEST_ROWS = 128
 
