@@ -52,6 +52,7 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, name: str, probe: 
                 raise ValueError("the dataloader gave no batch: there is nothing to measure")
             return probe.compute()
         except Exception as error:
+            # Nothing is caught for good: the note tells whose step or metric the error comes from.
             error.add_note(f"in ForgettingEval's probe {name!r}")
             raise
         finally:

@@ -45,14 +45,14 @@ class Plan:
 def choose_rungs(device: torch.device, rows: int, cols: int) -> tuple[str, ...]:
     """Choose the ladder for matrices with rows ≥ cols.
 
-    * ``gram32``: Cholesky of the float32 Gram matrix. κ up to about 100. Only where float64 is slow (a consumer's GPU
+    * ``gram32``: Cholesky of the float32 Gram matrix. Reaches a κ of 20. Only where float64 is slow (a consumer's GPU
       has 1/64 of its float32 speed): on a CPU float64 costs twice as much, less than the cases lost by float32.
-    * ``gram64``: the same in float64. κ up to about 1e6.
-    * ``lu64``: LU in float64, for square matrices on a CPU. κ up to about 1e9.
-    * ``qr64``: Householder QR in float64. κ up to about 1e9, and matrices that are numerically rank-deficient.
+    * ``gram64``: the same in float64. Reaches 1e5.
+    * ``lu64``: LU in float64, for square matrices on a CPU. Reaches 1e8.
+    * ``qr64``: Householder QR in float64. Reaches 1e8, and matrices that are numerically rank-deficient.
     * ``svd``: all singular values in float64. Everything.
 
-    The figures are where the rungs give out at rtol = 1e-3; what is applied is the error measured for each matrix.
+    The figures are what the tests show at rtol = 1e-3, not limits: what is applied is the error measured for each matrix.
     Small matrices on a CPU go to ``svd`` at once unless they are long, since there is nothing to save.
     """
     if device.type == "cuda":
