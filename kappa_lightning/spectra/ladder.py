@@ -52,7 +52,7 @@ def choose_rungs(device: torch.device, rows: int, cols: int) -> tuple[str, ...]:
     * ``qr64``: Householder QR in float64. Reaches 1e8, and matrices that are numerically rank-deficient.
     * ``svd``: all singular values in float64. Everything.
 
-    The figures are what the tests show at rtol = 1e-3, not limits: what is applied is the error measured for each matrix.
+    The figures are what the tests show at rtol = 1e-3, not limits: what counts is the error measured for each matrix.
     Small matrices on a CPU go to ``svd`` at once unless they are long, since there is nothing to save.
     """
     if device.type == "cuda":
