@@ -24,7 +24,8 @@ class Probe:
         dataloader: batches of any structure, the same each time it is iterated; a finite one.
         metric: a torchmetrics ``Metric`` with a scalar result; its ``higher_is_better`` decides the direction.
         step: ``step(module, batch)`` returns what ``metric.update`` takes: a tensor, a tuple of positional or a dict
-            of keyword arguments. The module is in eval mode, without gradients, the batch on its device.
+            of keyword arguments. The module is in eval mode, without gradients, the batch on its device. Of several
+            processes each runs it on a share of the batches.
         name: the metric's name in the logs; by default its class in snake case.
 
     Raises:

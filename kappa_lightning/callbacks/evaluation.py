@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torchmetrics import Metric
 
+from kappa_lightning.callbacks.batches import SharedBatches
 from kappa_lightning.callbacks.progress import track
-from kappa_lightning.probes import Probe, known_length
+from kappa_lightning.probes import Probe
+from kappa_lightning.processes import Processes
+from kappa_lightning.strategies import Share, adapter_for
 
 
 def batch_limit(trainer: pl.Trainer) -> int | None:
@@ -26,37 +31,78 @@ def batch_limit(trainer: pl.Trainer) -> int | None:
 def evaluate(trainer: pl.Trainer, module: pl.LightningModule, name: str, probe: Probe) -> float:
     """A probe's metric on the module as it is now, under the Trainer's precision.
 
-    With ``fast_dev_run=n`` only n batches are read, as in Lightning's own loops.
+    Several processes share the batches, each of which counts once, and all get the same value; it differs from that
+    of one process only in the order of its sums. With ``fast_dev_run=n`` each reads only n batches, as in Lightning's
+    own loops.
 
     Raises:
         ValueError: if the dataloader gives no batch or the metric is no scalar; this and any error of the probe's own
             code names the probe.
     """
-    limit = batch_limit(trainer)
-    total = known_length(probe.dataloader)
+    adapter = adapter_for(trainer)
+    share, processes = adapter.share(trainer), adapter.processes(trainer)
     device = trainer.strategy.root_device
+    batches = SharedBatches(probe.dataloader, share, limit=batch_limit(trainer))
+    # In lockstep a process that fails leaves the others in a forward pass, where they cannot be told.
+    together = Processes() if share.lockstep else processes
     with undisturbed(module):
+        _seed_alike(processes)
         probe.metric.reset()
         probe.metric.to(device)
         try:
             count = 0
-            batches = islice(probe.dataloader, limit)
-            total = min(total, limit) if total is not None and limit is not None else total
-            for batch in track(trainer, batches, total=total, description=f"Probe {name}", unit="batch"):
-                batch = probe.prepare(batch, trainer.precision_plugin.convert_input)
-                batch = move_data_to_device(batch, device)
-                with trainer.precision_plugin.val_step_context():
-                    probe.update(module, batch)
-                count += 1
-            if count == 0:
-                raise ValueError("the dataloader gave no batch: there is nothing to measure")
-            return probe.compute()
+            with together.failing_together():
+                shown = track(trainer, batches, total=batches.length, description=f"Probe {name}", unit="batch")
+                for batch, counts in shown:
+                    batch = probe.prepare(batch, trainer.precision_plugin.convert_input)
+                    batch = move_data_to_device(batch, device)
+                    with trainer.precision_plugin.val_step_context():
+                        if counts:
+                            probe.update(module, batch)
+                        else:
+                            probe.step(module, batch)
+                    count += 1
+                if count == 0:
+                    raise ValueError("the dataloader gave no batch: there is nothing to measure")
+            with _added_up(probe.metric, share, batches.split):
+                value = probe.compute()
+            return processes.from_first(value)
         except Exception as error:
             # Nothing is caught for good: the note tells whose step or metric the error comes from.
             error.add_note(f"in ForgettingEval's probe {name!r}")
             raise
         finally:
             probe.metric.reset()
+            adapter.settle(module)
+
+
+@contextmanager
+def _added_up(metric: Metric, share: Share, split: bool) -> Iterator[None]:
+    """Let a metric add up the processes that have seen different batches, and only those, when it is computed."""
+    metrics = [part for part in metric.modules() if isinstance(part, Metric)]
+    for part in metrics:
+        if split and not part.sync_on_compute:
+            raise ValueError(
+                f"{type(part).__name__} has sync_on_compute=False, and the processes have seen different batches: "
+                "leave that argument out"
+            )
+    before = [(part.distributed_available_fn, part.process_group) for part in metrics]
+    for part in metrics:
+        part.distributed_available_fn, part.process_group = (lambda: split), share.group
+    try:
+        yield
+    finally:
+        for part, (available, group) in zip(metrics, before, strict=True):
+            part.distributed_available_fn, part.process_group = available, group
+
+
+def _seed_alike(processes: Processes) -> None:
+    """Give all processes the same random numbers, so that a shuffled dataloader gives them one order to share."""
+    if processes.count > 1:
+        seed = processes.from_first(int(torch.randint(2**31, ()).item()))
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the generator that samplers draw from
+        random.seed(seed)
 
 
 @contextmanager

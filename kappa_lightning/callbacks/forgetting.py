@@ -18,6 +18,7 @@ from typing_extensions import override
 from kappa_lightning.callbacks.evaluation import batch_limit, evaluate
 from kappa_lightning.callbacks.reporting import log_scalars, publish
 from kappa_lightning.probes import Probe
+from kappa_lightning.strategies import adapter_for
 
 OnBreach = Literal["stop", "warn", "raise"]
 _NO_BASELINE = (
@@ -123,6 +124,11 @@ class ForgettingEval(Callback):
         self._module: weakref.ref[nn.Module] | None = None
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
+
+    @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -192,6 +198,10 @@ class ForgettingEval(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
         self._restored = state_dict or None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What refers to one process' objects stays out of a copy and of what a spawned process gets.
+        return self.__dict__ | {"_module": None}
 
     def _forget_checkpoint(self) -> None:
         self._restored = None

@@ -6,18 +6,20 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary, OnExceptionCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.callbacks.evaluation import batch_limit
-from kappa_lightning.callbacks.progress import track
+from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_text
+from kappa_lightning.processes import Processes
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.profile import included
 from kappa_lightning.profile.row import EXPERTS
@@ -43,6 +45,10 @@ class KappaFreezeCallback(Callback):
     A run that is resumed with ``trainer.fit(ckpt_path=...)`` takes its selection from the checkpoint. If a fit fails,
     ``requires_grad`` is put back, and before the first step the optimizers' groups, too (later, a checkpoint that is
     saved on the exception needs them); after a fit that succeeds, :meth:`unfreeze` puts both back.
+
+    Works under the strategies that ``kappa_lightning.strategies`` has an adapter for. Several processes share the
+    decompositions and come to the same selection. It moves itself before a ``ModelSummary`` in the Trainer's list, so
+    that the summary counts what trains.
 
     Logs a table of what trains and, to TensorBoard, the full ranking as the text ``kappa/ranking``.
 
@@ -136,9 +142,22 @@ class KappaFreezeCallback(Callback):
         self._module: weakref.ref[nn.Module] | None = None
         self._frozen_here: list[nn.Parameter] = []
         self._restore_optimizers: Callable[[], None] | None = None
+        self._rewrap: Callable[[], None] | None = None
         self._first_step = 0
         self._checkpoint_step = 0
         self._fitting = False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        here = callbacks.index(self)
+        summary = next((at for at, other in enumerate(callbacks[:here]) if isinstance(other, ModelSummary)), None)
+        if summary is not None:
+            # Those in between have had their turn in this hook, so the loop over the list skips and repeats none.
+            callbacks.insert(summary, callbacks.pop(here))
 
     @override
     def on_load_checkpoint(
@@ -151,14 +170,17 @@ class KappaFreezeCallback(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         adapter = adapter_for(trainer)
+        processes = adapter.processes(trainer)
         same_module = self._last_module() is pl_module
-        if trainer.ckpt_path is not None and (self._restored is not None or self._checkpoint_step > 0):
-            plan = self._plan_from_checkpoint(trainer, pl_module)
+        checkpoint = adapter.checkpoint_path(trainer, self)
+        if checkpoint is not None and (self._restored is not None or self._checkpoint_step > 0):
+            plan = self._plan_from_checkpoint(checkpoint, pl_module)
         elif self.profile is not None and same_module and trainer.global_step > 0:
             # fit was called once more on a module that is trained by now: its weights have no say any longer.
             plan = self._plan_of_names(pl_module, self.trained_names, self.selected_names, self.profile)
         else:
-            plan = self._plan_from_weights(trainer, pl_module)
+            plan = self._plan_from_weights(trainer, pl_module, processes)
+        _require_same(plan, processes)
 
         if same_module:
             self._thaw()
@@ -175,6 +197,8 @@ class KappaFreezeCallback(Callback):
         for parameter in self._frozen_here:
             parameter.requires_grad_(False)
             parameter.grad = None
+        self._rewrap = partial(adapter.requires_grad_changed, trainer)
+        self._rewrap()
         self._fitting = True
         self._report(trainer, pl_module)
 
@@ -182,15 +206,18 @@ class KappaFreezeCallback(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._forget_checkpoint()
         self._fitting = False
+        self._rewrap = None
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._forget_checkpoint()
+        # What wraps the module is about to go, and the other processes may not be there to make it anew.
+        self._rewrap = None
         if not self._fitting:
             return
         self._fitting = False
         if trainer.global_step == self._first_step and not _saves_on_exception(trainer):
-            self.unfreeze()
+            self._put_back()
         else:
             # A checkpoint that is saved on this exception needs the optimizers as they trained.
             self._thaw()
@@ -212,6 +239,15 @@ class KappaFreezeCallback(Callback):
 
     def unfreeze(self) -> None:
         """Give every parameter that this callback froze its ``requires_grad`` back, and its place in the optimizers."""
+        self._put_back()
+        if self._rewrap is not None:
+            self._rewrap()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What refers to one process' objects stays out of a copy and of what a spawned process gets.
+        return self.__dict__ | {"_module": None, "_frozen_here": [], "_restore_optimizers": None, "_rewrap": None}
+
+    def _put_back(self) -> None:
         self._thaw()
         if self._restore_optimizers is not None:
             self._restore_optimizers()
@@ -226,7 +262,7 @@ class KappaFreezeCallback(Callback):
             parameter.requires_grad_(True)
         self._frozen_here = []
 
-    def _plan_from_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> _Plan:
+    def _plan_from_weights(self, trainer: pl.Trainer, module: pl.LightningModule, processes: Processes) -> _Plan:
         trainable = self._trainable(module)
         always = self._always_trained(module, trainable)
         weights = find_weights(module)
@@ -248,7 +284,7 @@ class KappaFreezeCallback(Callback):
                     else ""
                 )
             )
-        profile = self._profile(trainer, module, candidates)
+        profile = self._profile(trainer, module, candidates, processes)
         selected = select(list(profile), self.budget, self.criterion)
         companions = {weight.name: weight.companions for weight in weights}
         trained = {*selected, *always, *(name for chosen in selected for name in companions[chosen])} & trainable
@@ -275,10 +311,19 @@ class KappaFreezeCallback(Callback):
             )
         return always
 
-    def _profile(self, trainer: pl.Trainer, module: pl.LightningModule, candidates: Sequence[Weight]) -> KappaProfile:
+    def _profile(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        candidates: Sequence[Weight],
+        processes: Processes,
+    ) -> KappaProfile:
         known = self._given_profile
-        if known is None and self.profile_path is not None and self.profile_path.exists():
-            known = KappaProfile.load(self.profile_path)
+        with processes.failing_together():
+            # Whether there is a file is for one process to say, or one that comes later would see it half written.
+            if processes.is_first and known is None and self.profile_path is not None and self.profile_path.exists():
+                known = KappaProfile.load(self.profile_path)
+        known = processes.from_first(known)
         if known is not None:
             profile = known.renamed_for([weight.name for weight in candidates])
             profile.check(module)
@@ -290,15 +335,14 @@ class KappaFreezeCallback(Callback):
             rtol=self.rtol,
             experts=self.experts,
             save_to=self.profile_path if batch_limit(trainer) is None else None,
-            watch=lambda rows: track(
-                trainer, rows, total=len(candidates), description="Condition numbers", unit="tensor"
-            ),
+            watch=watching(trainer),
+            processes=processes,
         )
 
-    def _plan_from_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule) -> _Plan:
+    def _plan_from_checkpoint(self, path: str | os.PathLike[str], module: pl.LightningModule) -> _Plan:
         if self._restored is None:  # and its weights are trained
             raise ValueError(
-                f"{trainer.ckpt_path} was saved without KappaFreezeCallback and holds no selection. To go on with that "
+                f"{path} was saved without KappaFreezeCallback and holds no selection. To go on with that "
                 "run, leave the callback out; to start a new one from its weights, load them into the module "
                 "(load_state_dict) and call fit without ckpt_path"
             )
@@ -372,6 +416,18 @@ class KappaFreezeCallback(Callback):
             rank_zero_info(training_table(groups, title=f"KappaFreezeCallback({self.budget})"))
         ranking = rank(self.profile, self.criterion)
         log_text(trainer, "kappa/ranking", ranking_markdown(ranking, chosen))
+
+
+def _require_same(plan: _Plan, processes: Processes) -> None:
+    """Make sure that all processes train the same tensors; they would wait for each other's gradients for ever."""
+    plans = processes.gather(sorted(plan.trained))
+    for other, trained in enumerate(plans):
+        if trained != plans[0]:
+            name = min(set(trained) ^ set(plans[0]))
+            raise RuntimeError(
+                f"the processes of rank 0 and {other} do not train the same tensors, {name} first: the module must be "
+                "the same on both, with the same requires_grad"
+            )
 
 
 def _saves_on_exception(trainer: pl.Trainer) -> bool:

@@ -6,6 +6,7 @@ import math
 import statistics
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,10 +16,12 @@ from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
-from kappa_lightning.callbacks.progress import track
+from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_figure, log_scalars, publish, shows_pictures
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.compute import compute_rows
+from kappa_lightning.profile.dealing import compute_dealt
+from kappa_lightning.strategies import adapter_for
 from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
 
 
@@ -89,6 +92,11 @@ class KappaMonitor(Callback):
         self._module: weakref.ref[nn.Module] | None = None
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
+
+    @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -99,6 +107,7 @@ class KappaMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.barebones:
             return
+        adapter_for(trainer).settle(pl_module)
         # Not on_fit_start: by now every callback has frozen what it freezes, whatever their order.
         self._weights = {weight.name: weight for weight in self._watched(pl_module)}
         self._trained = {name for name, weight in self._weights.items() if _trains(weight)}
@@ -166,6 +175,10 @@ class KappaMonitor(Callback):
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
         self._restored = state_dict or None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What refers to one process' objects stays out of a copy and of what a spawned process gets.
+        return self.__dict__ | {"_module": None, "_weights": {}}
+
     def _watched(self, module: pl.LightningModule) -> list[Weight]:
         weights = find_weights(module)
         if self.tensors == "trainable":
@@ -182,10 +195,11 @@ class KappaMonitor(Callback):
     ) -> dict[str, float]:
         kappas = {name: known[name].kappa for name in weights if known is not None and name in known}
         pending = [weight for name, weight in weights.items() if name not in kappas]
-        rows = compute_rows(pending, device=trainer.strategy.root_device, **self._settings)
-        for row in track(trainer, rows, total=len(pending), description="Condition numbers", unit="tensor"):
+        compute = partial(compute_rows, device=trainer.strategy.root_device, **self._settings)
+        processes = adapter_for(trainer).processes(trainer)
+        for row in compute_dealt(pending, compute, processes, watching(trainer)):
             kappas[row.name] = row.kappa
-        return kappas
+        return {name: kappas[name] for name in weights}
 
     def _record(self, trainer: pl.Trainer, kappas: Mapping[str, float], epoch: int) -> None:
         self.history.append({"epoch": epoch, "step": trainer.global_step, "kappa": dict(kappas)})

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from tqdm.auto import tqdm
+
+from kappa_lightning.profile.dealing import Watch
+from kappa_lightning.profile.row import KappaRow
+from kappa_lightning.weights import Weight
 
 Item = TypeVar("Item")
 
@@ -41,3 +45,12 @@ def track(
     else:
         with tqdm(items, total=total, desc=description, unit=unit, leave=False, dynamic_ncols=True) as lines:
             yield from lines
+
+
+def watching(trainer: pl.Trainer) -> Watch:
+    """Progress of a profile, as :func:`track` shows it."""
+
+    def watch(weights: Sequence[Weight], rows: Iterator[KappaRow]) -> Iterator[KappaRow]:
+        return track(trainer, rows, total=len(weights), description="Condition numbers", unit="tensor")
+
+    return watch

@@ -18,15 +18,19 @@ SCHEMA_VERSION = 1
 
 
 def write_profile_file(path: str | os.PathLike[str], profile: dict[str, Any]) -> None:
-    """Write a profile's plain dictionary; a reader sees the old file or the new one, never a half-written one."""
-    target = Path(path)
+    """Write a profile's plain dictionary to a file, atomically."""
     document = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "versions": {"kappa_lightning": version("kappa-lightning"), "torch": torch.__version__},
         **profile,
     }
-    text = json.dumps(encode(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    write_text_file(path, json.dumps(encode(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text_file(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file such that a reader sees the old one or the new one, never a half-written one."""
+    target = Path(path)
     # In the target's own folder, since a rename is atomic only within one file system.
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kappa_lightning.profile.file import encode
+from kappa_lightning.profile.file import encode, write_text_file
 from kappa_lightning.profile.row import KappaRow
 
 
@@ -18,31 +19,28 @@ class Journal:
     A row is taken over only for the same name and content (fingerprint) and if the pass has the same settings; with
     other settings the file is started anew. A line that was cut off by the interruption is dropped.
 
+    Of several processes each appends to a file of its own, with its rank behind the name, and knows the rows of all:
+    the next pass may deal the weights to other ranks, or to more or fewer of them.
+
     Args:
-        path: the file; its folder must exist.
+        path: the file of rank 0; its folder must exist.
         settings: what the rows depend on, such as solver and rtol.
+        rank: the rank of this process.
 
     Raises:
         ValueError: if the file is there and is no journal.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        header = {"format": "kappa-lightning journal", **settings}
-        self._rows: dict[tuple[str, str], KappaRow] = {}
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
-        if lines and '"kappa-lightning journal"' not in lines[0]:
-            raise ValueError(f"{self.path} is no journal of an interrupted profile: delete it or name another file")
-        same = bool(lines) and lines[0] == json.dumps(header)
-        for line in lines[1:] if same else []:
-            try:
-                row = KappaRow.from_dict(json.loads(line))
-            except ValueError:
-                break  # the line at which the interruption came
-            self._rows[row.name, row.fingerprint] = row
-        # Written anew, so that what is appended never continues a line that was cut off.
-        rows = [json.dumps(encode(row.to_dict())) for row in self._rows.values()]
-        self.path.write_text("\n".join([json.dumps(header), *rows]) + "\n", encoding="utf-8")
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, rank: int = 0) -> None:
+        self._first = Path(path)
+        self.path = Path(f"{self._first}.{rank}") if rank else self._first
+        header = json.dumps({"format": "kappa-lightning journal", **settings})
+        rows = [row for file in self._files() for row in _read(file, header)]
+        self._rows = {(row.name, row.fingerprint): row for row in rows}
+        # Written anew, so that what is appended never continues a line that was cut off; and in one step, since
+        # another process may be reading it.
+        lines = [json.dumps(encode(row.to_dict())) for row in self._rows.values()]
+        write_text_file(self.path, "\n".join([header, *lines]) + "\n")
 
     def find(self, name: str, fingerprint: str) -> KappaRow | None:
         """The finished row of a tensor with this content."""
@@ -54,5 +52,21 @@ class Journal:
             file.write(json.dumps(encode(row.to_dict())) + "\n")
 
     def remove(self) -> None:
-        """Delete the file, when the profile is complete and safe."""
-        self.path.unlink(missing_ok=True)
+        """Delete the files of all processes, when the profile is complete and safe."""
+        for file in self._files():
+            file.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        ranked = glob.glob(f"{glob.escape(str(self._first))}.[0-9]*")
+        return [Path(name) for name in [str(self._first), *sorted(ranked)] if os.path.exists(name)]
+
+
+def _read(file: Path, header: str) -> Iterator[KappaRow]:
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    if lines and '"kappa-lightning journal"' not in lines[0]:
+        raise ValueError(f"{file} is no journal of an interrupted profile: delete it or name another file")
+    for line in lines[1:] if lines and lines[0] == header else []:
+        try:
+            yield KappaRow.from_dict(json.loads(line))
+        except ValueError:
+            return  # the line at which the interruption came

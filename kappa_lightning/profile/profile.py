@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from kappa_lightning.fingerprint import fingerprint
+from kappa_lightning.processes import Processes
 from kappa_lightning.profile.compute import compute_rows
+from kappa_lightning.profile.dealing import Watch, compute_dealt
 from kappa_lightning.profile.file import read_profile_file, write_profile_file
 from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.row import EXPERTS, KappaRow
@@ -27,8 +29,6 @@ from kappa_lightning.weights import (
     plain_parameters,
     tied_names,
 )
-
-Watch = Callable[[Iterator[KappaRow]], Iterable[KappaRow]]
 
 
 class KappaProfile:
@@ -100,7 +100,7 @@ class KappaProfile:
         weights = included(find_weights(module), module, include, exclude)
         if not weights:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
-        watch = progress_bar(weights) if progress else None
+        watch = progress_bar if progress else None
         return cls.from_weights(
             weights, device=device, solver=solver, rtol=rtol, experts=experts, save_to=save_to, watch=watch
         )
@@ -144,7 +144,7 @@ class KappaProfile:
         weights = [weight for weight in weights if weight.name in wanted]
         if not weights:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
-        watch = progress_bar(weights) if progress else None
+        watch = progress_bar if progress else None
         return cls.from_weights(
             weights, device=device or "cpu", solver=solver, rtol=rtol, experts=experts, save_to=save_to, watch=watch
         )
@@ -160,21 +160,46 @@ class KappaProfile:
         experts: str = "mean",
         save_to: str | os.PathLike[str] | None = None,
         watch: Watch | None = None,
+        processes: Processes | None = None,
     ) -> KappaProfile:
-        """Decompose weights that were found already; ``watch`` sees the rows as they come, to show progress."""
+        """Decompose weights that were found already.
+
+        Args:
+            weights: what is decomposed.
+            device: as in :meth:`from_model`.
+            solver: as in :meth:`from_model`.
+            rtol: as in :meth:`from_model`.
+            experts: as in :meth:`from_model`.
+            save_to: as in :meth:`from_model`.
+            watch: sees the weights and their rows as they come, to show progress.
+            processes: who shares the work and all get the profile; by default this process does it all.
+
+        Raises:
+            ValueError: as in :meth:`from_model`.
+            FileNotFoundError: if the folder of ``save_to`` does not exist.
+        """
         if experts not in EXPERTS:
             raise ValueError(f"experts={experts!r} is unknown: use one of {', '.join(map(repr, EXPERTS))}")
         settings = {"solver": solver, "rtol": rtol, "experts": experts}
-        if save_to is not None and not Path(save_to).parent.is_dir():
-            raise FileNotFoundError(
-                f"the profile cannot be saved to {save_to}: there is no folder {Path(save_to).parent}"
-            )
-        journal = None if save_to is None else Journal(f"{os.fspath(save_to)}.partial", settings)
-        rows = compute_rows(weights, device=device, solver=solver, rtol=rtol, experts=experts, journal=journal)
-        finished = {row.name: row for row in (rows if watch is None else watch(rows))}
+        processes = processes or Processes()
+        journal: Journal | None = None
+        with processes.failing_together():
+            if save_to is not None and not Path(save_to).parent.is_dir():
+                raise FileNotFoundError(
+                    f"the profile cannot be saved to {save_to}: there is no folder {Path(save_to).parent}"
+                )
+            if save_to is not None:
+                journal = Journal(f"{os.fspath(save_to)}.partial", settings, rank=processes.rank)
+
+        def compute(share: Sequence[Weight]) -> Iterator[KappaRow]:
+            return compute_rows(share, device=device, solver=solver, rtol=rtol, experts=experts, journal=journal)
+
+        finished = {row.name: row for row in compute_dealt(weights, compute, processes, watch)}
         profile = cls((finished[weight.name] for weight in weights), solver=solver, rtol=rtol, experts=experts)
-        if journal is not None and save_to is not None:
-            profile.save(save_to)
+        with processes.failing_together():
+            if save_to is not None and processes.is_first:
+                profile.save(save_to)
+        if journal is not None:
             journal.remove()
         return profile
 
@@ -319,16 +344,12 @@ def included(
     return [weight for weight in weights if weight.name in wanted]
 
 
-def progress_bar(weights: Sequence[Weight]) -> Watch:
+def progress_bar(weights: Sequence[Weight], rows: Iterator[KappaRow]) -> Iterator[KappaRow]:
     """A progress bar on standard error whose estimate of the time left knows that large matrices take longer."""
     costs = {weight.name: weight.cost for weight in weights}
-
-    def watch(rows: Iterator[KappaRow]) -> Iterator[KappaRow]:
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
-        with tqdm(desc="Condition numbers", total=sum(costs.values()), bar_format=layout, leave=False) as bar:
-            for finished, row in enumerate(rows, start=1):
-                bar.set_postfix_str(f"{finished}/{len(costs)} tensors", refresh=False)
-                bar.update(costs[row.name])
-                yield row
-
-    return watch
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+    with tqdm(desc="Condition numbers", total=sum(costs.values()), bar_format=layout, leave=False) as bar:
+        for finished, row in enumerate(rows, start=1):
+            bar.set_postfix_str(f"{finished}/{len(costs)} tensors", refresh=False)
+            bar.update(costs[row.name])
+            yield row

@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from kappa_lightning.weights.names import plain_name
 from kappa_lightning.weights.quantised import dequantise, is_quantised, logical_shape
+from kappa_lightning.weights.sharded import whole
 from kappa_lightning.weights.weight import (
     View,
     Weight,
@@ -33,7 +34,7 @@ def find_weights(module: nn.Module) -> list[Weight]:
     """All matrices of a module, tied ones once under their first name, in the order of ``named_parameters()``.
 
     A parametrised weight (``torch.nn.utils.parametrize``) is read as the layer uses it, under the name of the
-    parameter that it is made from.
+    parameter that it is made from. One that is sharded over processes is read whole, which they must do together.
 
     Args:
         module: any module; a parameter counts whether or not it requires a gradient.
@@ -118,7 +119,7 @@ def _made(
     shape = tuple(effective.shape)
     companions = tuple(plain_name(name) for name in originals if name != first)
     view = _view(layer, attribute, shape)
-    return Weight(plain_name(first), shape, effective.dtype, read, view, originals[first], companions)
+    return Weight(plain_name(first), shape, effective.dtype, lambda: whole(read()), view, originals[first], companions)
 
 
 _META = "{name} is on the meta device and has no values: load the model's weights first"
@@ -131,7 +132,7 @@ def _read(name: str, parameter: nn.Parameter, layer: nn.Module) -> Tensor:
         raise ValueError(_META.format(name=name))
     if is_quantised(parameter):
         return dequantise(name, parameter, layer)
-    return parameter.detach()
+    return whole(parameter.detach())
 
 
 def _is_matrix(attribute: str, weight: Tensor, layer: nn.Module) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kappa_lightning.weights.sharded import is_sharded
+
 View = Callable[[Tensor], Tensor]
 
 
@@ -20,7 +22,7 @@ class Weight:
             weight, the first one; in a checkpoint, the name there.
         shape: its shape; of a quantised weight, the shape that it stands for.
         dtype: its stored precision.
-        read: returns the whole tensor, dequantised if need be.
+        read: returns the whole tensor, dequantised if need be, and collected from all processes if it is sharded.
         view: turns that tensor into matrices.
         parameter: the parameter, if the weight is a model's.
         companions: the names of further parameters that the weight is made from, where it is parametrised.
@@ -38,6 +40,11 @@ class Weight:
     def is_stack(self) -> bool:
         """Whether it holds several matrices, such as the fused experts of one layer."""
         return self.view is as_stack and self.shape[0] > 1
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of it, so that all must read it together."""
+        return self.parameter is not None and is_sharded(self.parameter)
 
     @property
     def stack_shape(self) -> tuple[int, int, int]:

@@ -12,7 +12,6 @@ import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary, OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 from tiny import (
     Bank,
     Spy,
@@ -32,7 +31,6 @@ from tiny import (
 )
 
 from kappa_lightning import KappaFreezeCallback, KappaProfile
-from kappa_lightning.strategies import adapter_for
 
 
 class Fails(Callback):
@@ -240,12 +238,6 @@ def test_validate_and_test_alone_freeze_nothing(tmp_path: Path) -> None:
 
 
 # Failed fits
-
-
-def test_unsupported_strategy_is_named(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, strategy=DDPStrategy(), devices=2)
-    with pytest.raises(ValueError, match="DDPStrategy is not supported"):
-        adapter_for(trainer)
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_sanity_check_start", "on_train_start", "on_train_batch_start"])

@@ -1,12 +1,8 @@
-from types import SimpleNamespace
-
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from kappa_lightning.strategies import ADAPTERS, SingleDeviceAdapter, adapter_for
+from kappa_lightning.strategies.optimizers import drop_from_optimizers
 
 
 def net_with(kind, **arguments):
@@ -27,8 +23,7 @@ def step(net, optimizer):
 
 
 def drop(optimizers, parameters):
-    trainer = SimpleNamespace(optimizers=list(optimizers))
-    return SingleDeviceAdapter().drop_from_optimizers(trainer, parameters)
+    return drop_from_optimizers(list(optimizers), parameters)
 
 
 def same(params, expected):
@@ -112,26 +107,12 @@ def test_parameters_may_be_given_as_an_iterator_and_may_be_unknown_to_the_optimi
     assert [len(group["params"]) for group in optimizer.param_groups] == [3, 2]
 
 
-def test_single_device_has_an_adapter():
-    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    assert isinstance(adapter_for(trainer), SingleDeviceAdapter)
+def test_optimizer_that_has_dealt_its_parameters_out_is_refused_before_any_is_changed():
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        """Has the name, and none of what needs a process group."""
 
-
-def test_strategy_uses_the_adapter_of_its_nearest_base(monkeypatch):
-    class Mine(SingleDeviceStrategy):
-        pass
-
-    class Mine2(Mine):
-        pass
-
-    trainer = SimpleNamespace(strategy=Mine2(device=torch.device("cpu")))
-    assert adapter_for(trainer) is ADAPTERS[SingleDeviceStrategy]
-    nearer = SingleDeviceAdapter()
-    monkeypatch.setitem(ADAPTERS, Mine, nearer)
-    assert adapter_for(trainer) is nearer
-
-
-def test_strategy_without_an_adapter_is_an_error_that_names_it(monkeypatch):
-    monkeypatch.delitem(ADAPTERS, DDPStrategy, raising=False)
-    with pytest.raises(ValueError, match=r"DDPStrategy is not supported.*SingleDeviceStrategy"):
-        adapter_for(SimpleNamespace(strategy=DDPStrategy()))
+    net, plain = net_with(torch.optim.SGD)
+    dealt = ZeroRedundancyOptimizer(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer .* use a plain optimizer"):
+        drop([plain, dealt], net["a"].parameters())
+    assert [len(group["params"]) for group in plain.param_groups] == [4, 2]

@@ -1,0 +1,98 @@
+"""One profile by many processes: each decomposes a share of the weights, and all end with every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from kappa_lightning.processes import Processes
+from kappa_lightning.profile.row import KappaRow
+from kappa_lightning.weights import Weight
+
+Compute = Callable[[Sequence[Weight]], Iterator[KappaRow]]
+Watch = Callable[[Sequence[Weight], Iterator[KappaRow]], Iterable[KappaRow]]
+
+
+def compute_dealt(
+    weights: Sequence[Weight], compute: Compute, processes: Processes, watch: Watch | None = None
+) -> Iterator[KappaRow]:
+    """The rows of all weights, on every process, of which each has decomposed a share.
+
+    A row is computed once and then sent around, so that all processes hold the same bits whatever their arithmetic.
+    Sharded weights are put together one for each process at a time, so none ever holds more than two whole ones.
+
+    Args:
+        weights: the same on every process.
+        compute: decomposes weights, without waiting for another process.
+        processes: who takes part; one alone just computes.
+        watch: sees the weights of a share and its rows as they come, to show progress.
+
+    Raises:
+        RuntimeError: on the processes that did not fail, if one did.
+    """
+    watch = watch or (lambda _, rows: rows)
+    if processes.count == 1:
+        yield from watch(weights, compute(weights))
+        return
+    present = deal([weight for weight in weights if not weight.is_sharded], processes.count)[processes.rank]
+    with processes.failing_together():
+        own = list(watch(present, compute(present)))
+    rounds = _rounds([weight for weight in weights if weight.is_sharded], processes.count)
+    share = [row[processes.rank] for row in rounds if processes.rank < len(row)]
+    own += watch(share, _compute_sharded(rounds, compute, processes))
+    for rows in processes.gather(own):
+        yield from rows
+
+
+def deal(weights: Sequence[Weight], hands: int) -> list[list[Weight]]:
+    """Weights in shares of nearly equal cost, the expensive ones first, each to whoever has least.
+
+    Graham's longest-processing-time rule ("Bounds on Multiprocessing Timing Anomalies", SIAM J. Appl. Math. 17, 1969,
+    eq. 5): the largest share costs at most 4/3 of the least that is possible.
+
+    Example:
+        >>> from torch import nn
+        >>> from kappa_lightning.weights import find_weights
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(9, 9), nn.Linear(7, 7), nn.Linear(6, 6))
+        >>> [[weight.name for weight in share] for share in deal(find_weights(net), 2)]
+        [['1.weight'], ['2.weight', '3.weight', '0.weight']]
+    """
+    shares: list[list[Weight]] = [[] for _ in range(hands)]
+    loads = [0] * hands
+    for weight in _expensive_first(weights):
+        lightest = min(range(hands), key=loads.__getitem__)
+        shares[lightest].append(weight)
+        loads[lightest] += weight.cost
+    return shares
+
+
+def _rounds(weights: Sequence[Weight], hands: int) -> list[list[Weight]]:
+    """Weights in rounds of one for each process, of similar cost within a round."""
+    ordered = _expensive_first(weights)
+    return [ordered[start : start + hands] for start in range(0, len(ordered), hands)]
+
+
+def _expensive_first(weights: Sequence[Weight]) -> list[Weight]:
+    return sorted(weights, key=lambda weight: (-weight.cost, weight.name))
+
+
+def _compute_sharded(rounds: Sequence[Sequence[Weight]], compute: Compute, processes: Processes) -> Iterator[KappaRow]:
+    """The rows of this process' weight in each round, all of which are read by all."""
+    for weights in rounds:
+        mine: list[Weight] = []
+        for rank, weight in enumerate(weights):
+            tensor = weight.read()
+            if rank == processes.rank:
+                mine = [replace(weight, read=partial(_same, tensor))]
+            del tensor
+        with processes.failing_together():
+            rows = list(compute(mine))
+        del mine
+        yield from rows
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

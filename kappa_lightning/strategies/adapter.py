@@ -1,0 +1,69 @@
+"""The contract between the callbacks and a strategy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from kappa_lightning.processes import Processes
+from kappa_lightning.strategies.optimizers import drop_from_optimizers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The batches of an evaluation that a process reads: number ``index``, ``index + count`` and so on.
+
+    Attributes:
+        index: the place of this process among those that share the batches.
+        count: how many do.
+        lockstep: whether a forward pass needs all processes, so that each must run as many of them.
+        group: who adds up a metric; ``None`` is all processes.
+    """
+
+    index: int = 0
+    count: int = 1
+    lockstep: bool = False
+    group: ProcessGroup | None = None
+
+
+class StrategyAdapter:
+    """What the callbacks need of a strategy; this base serves one process on one device.
+
+    An adapter for a strategy of one's own derives from this or from another adapter, changes what differs, and is
+    made known with :func:`~kappa_lightning.strategies.register_adapter`.
+    """
+
+    def processes(self, trainer: pl.Trainer) -> Processes:
+        """Who shares the work on a profile, and must come to the same selection."""
+        return Processes()
+
+    def share(self, trainer: pl.Trainer) -> Share:
+        """Which batches of an evaluation this process reads."""
+        return Share()
+
+    def checkpoint_path(self, trainer: pl.Trainer, callback: Callback) -> str | os.PathLike[str] | None:
+        """The checkpoint that this fit resumes from, asked in ``on_fit_start``.
+
+        Most strategies have restored it by then. One that does so later hands the callback its state here, through
+        ``on_load_checkpoint`` and ``load_state_dict``.
+        """
+        return trainer.ckpt_path
+
+    def drop_from_optimizers(self, trainer: pl.Trainer, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+        """Take parameters out of every optimizer and return a function that puts them back."""
+        return drop_from_optimizers(trainer.optimizers, parameters)
+
+    def requires_grad_changed(self, trainer: pl.Trainer) -> None:
+        """Let whatever wraps the module know, once ``requires_grad`` of its parameters is as it will be."""
+
+    def settle(self, module: pl.LightningModule) -> None:
+        """Put the module's parameters back to how they are between steps, after a forward pass or before a read."""

@@ -1,0 +1,109 @@
+"""FSDP2 and tensor parallelism: each process holds a part of the parameters, as ``DTensor``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.load import _METADATA_FILENAME
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule
+from typing_extensions import override
+
+from kappa_lightning.processes import Processes
+from kappa_lightning.strategies.adapter import Share, StrategyAdapter
+from kappa_lightning.weights import plain_parameters
+
+
+class ModelParallelAdapter(StrategyAdapter):
+    """:class:`~lightning.pytorch.strategies.ModelParallelStrategy`: data parallel (FSDP2), tensor parallel or both.
+
+    Freezing works after sharding, since FSDP2 copies ``requires_grad`` from the shard whenever it gathers a parameter.
+    """
+
+    @override
+    def processes(self, trainer: pl.Trainer) -> Processes:
+        return Processes.of_this_run()
+
+    @override
+    def share(self, trainer: pl.Trainer) -> Share:
+        strategy = trainer.strategy
+        assert isinstance(strategy, ModelParallelStrategy)
+        mesh = strategy.device_mesh["data_parallel"]
+        return Share(mesh.get_local_rank(), mesh.size(), lockstep=True, group=mesh.get_group())
+
+    @override
+    def checkpoint_path(self, trainer: pl.Trainer, callback: Callback) -> str | os.PathLike[str] | None:
+        """The checkpoint to come: this strategy restores it after ``on_fit_start``, the optimizers' state with it.
+
+        By then their groups must be as they were saved, so the callback gets its state from the file beforehand.
+        """
+        path = _checkpoint_to_come()
+        if path is not None:
+            path = trainer.strategy.broadcast(path)
+            checkpoint = _read(Path(path))
+            _require_numbers_of_this_strategy(path, checkpoint, trainer.lightning_module, callback)
+            callback.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if state is not None:
+                callback.load_state_dict(state)
+        return path
+
+    @override
+    def settle(self, module: pl.LightningModule) -> None:
+        """Free what a forward pass gathered: without a backward pass FSDP2 leaves the root's parameters whole."""
+        for submodule in module.modules():
+            if isinstance(submodule, FSDPModule):
+                submodule.reshard()
+
+
+def _checkpoint_to_come() -> str | os.PathLike[str] | None:
+    """The argument ``ckpt_path`` of the ``Trainer._run`` that is calling.
+
+    ``trainer.ckpt_path`` is set when the restoring begins, which is after ``on_fit_start``, and until then Lightning
+    keeps the path nowhere but in that argument.
+    """
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is pl.Trainer._run.__code__:
+            path: str | os.PathLike[str] | None = frame.f_locals["ckpt_path"]
+            return path
+        frame = frame.f_back
+    raise RuntimeError("KappaFreezeCallback.on_fit_start was not called by Trainer.fit")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint without its weights, whether one file or a folder of shards."""
+    # Mapped into memory, so that of a large file only the pages that are looked at are read.
+    file, mapped = (path / _METADATA_FILENAME, False) if path.is_dir() else (path, True)
+    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    return checkpoint
+
+
+def _require_numbers_of_this_strategy(
+    path: str | os.PathLike[str], checkpoint: dict[str, Any], module: pl.LightningModule, callback: Callback
+) -> None:
+    """Make sure that the optimizer states of a single file can be told apart.
+
+    This strategy numbers them by all parameters of the module; others by those that the optimizer has, which after a
+    freeze are fewer, and Lightning would assign them to the wrong ones.
+    """
+    state = checkpoint.get("callbacks", {}).get(callback.state_key) or {}
+    trained, optimizers = state.get("trained_names"), checkpoint.get("optimizer_states")
+    if not trained or not optimizers:
+        return
+    numbers = {name: number for number, name in enumerate(plain_parameters(module))}
+    saved = {number for optimizer in optimizers for group in optimizer["param_groups"] for number in group["params"]}
+    missing = [name for name in trained if name in numbers and numbers[name] not in saved]
+    if missing:
+        raise ValueError(
+            f"{path} was saved by another strategy, whose optimizer states ModelParallelStrategy cannot assign "
+            f"({missing[0]} has none under its number): resume with that strategy, or load the weights into the module "
+            "and call fit without ckpt_path"
+        )

@@ -1,0 +1,19 @@
+import pytest
+
+from kappa_lightning.processes import Processes
+
+
+def test_process_alone_hears_only_itself():
+    alone = Processes()
+    assert alone.gather(3) == [3]
+    assert alone.from_first("x") == "x"
+    assert alone.is_first
+
+
+def test_error_of_a_process_alone_passes_as_it_is():
+    with pytest.raises(KeyError, match="weight"), Processes().failing_together():
+        raise KeyError("weight")
+
+
+def test_without_a_process_group_this_run_is_one_process():
+    assert Processes.of_this_run() == Processes(rank=0, count=1)
