@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,12 @@ class RankFailed(AssertionError):
 
 
 def on_ranks(
-    function: Callable[..., Any], *arguments: Any, ranks: int = 2, timeout: float = 60, expect: Sequence[str] = ()
+    function: Callable[..., Any],
+    *arguments: Any,
+    ranks: int = 2,
+    timeout: float = 60,
+    expect: Sequence[str] = (),
+    **options: Any,
 ) -> list[Any]:
     """Call a function of a test module on every rank, as ``torchrun`` would, and return what each rank returned.
 
@@ -34,7 +41,8 @@ def on_ranks(
         arguments: the same for all.
         ranks: the number of processes.
         timeout: seconds after which whatever still runs is killed.
-        expect: ``"error"`` lets a rank return the text of its exception instead of failing the test.
+        expect: ``"error"`` and ``"killed"`` let a rank end so instead of failing the test, and its text is returned.
+        options: keyword arguments for the function.
 
     Raises:
         RankFailed: if a rank raised, was killed or did not end in time.
@@ -44,7 +52,9 @@ def on_ranks(
         port = listener.getsockname()[1]
     pipes = [_context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        _context.Process(target=_rank, args=(rank, ranks, port, function, arguments, sender), daemon=False)
+        _context.Process(
+            target=_rank, args=(rank, ranks, port, partial(function, *arguments, **options), sender), daemon=False
+        )
         for rank, (_, sender) in enumerate(pipes)
     ]
     for process in processes:
@@ -56,7 +66,10 @@ def on_ranks(
     for process, (receiver, _) in zip(processes, pipes, strict=True):
         try:
             ready = receiver.poll(max(0.0, deadline - time.monotonic()))
-            outcomes.append(receiver.recv() if ready else ("timeout", f"no end within {timeout:g} s"))
+            if ready:
+                outcomes.append(pickle.loads(receiver.recv_bytes()))  # noqa: S301 - from our own child
+            else:
+                outcomes.append(("timeout", f"no end within {timeout:g} s"))
         except EOFError:
             process.join(5)
             outcomes.append(("killed", f"ended with exit code {process.exitcode}"))
@@ -71,9 +84,7 @@ def on_ranks(
     return [value for _, value in outcomes]
 
 
-def _rank(
-    rank: int, ranks: int, port: int, function: Callable[..., Any], arguments: Sequence[Any], sender: Any
-) -> None:
+def _rank(rank: int, ranks: int, port: int, function: Callable[[], Any], sender: Any) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -87,9 +98,11 @@ def _rank(
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     try:
-        sender.send(("returned", function(*arguments)))
+        outcome = ("returned", function())
     except BaseException as error:  # noqa: BLE001 - sent to the test, which raises it
-        sender.send(("error", "".join(traceback.format_exception(error))))
+        outcome = ("error", "".join(traceback.format_exception(error)))
+    # Pickled here, since PyTorch would send a tensor as a handle to memory that goes with this process.
+    sender.send_bytes(pickle.dumps(outcome))
     sender.close()
     sys.stdout.flush()
     # Without the goodbyes of the process group, for which a rank that failed would wait.

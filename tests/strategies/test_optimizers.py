@@ -113,6 +113,6 @@ def test_optimizer_that_has_dealt_its_parameters_out_is_refused_before_any_is_ch
 
     net, plain = net_with(torch.optim.SGD)
     dealt = ZeroRedundancyOptimizer(net.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer .* use a plain optimizer"):
+    with pytest.raises(ValueError, match=r"ZeroRedundancyOptimizer .* use a plain optimizer"):
         drop([plain, dealt], net["a"].parameters())
     assert [len(group["params"]) for group in plain.param_groups] == [4, 2]
