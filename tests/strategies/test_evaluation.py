@@ -11,7 +11,7 @@ import torch
 from ranks import RankFailed, on_ranks
 from script import STRATEGIES, Mean, Net, adapt, data
 from tiny import events, make_trainer
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 from torchmetrics.classification import MulticlassAUROC
 
@@ -125,7 +125,10 @@ def single() -> Probe:
 def listed() -> Probe:
     """A metric that keeps all samples, which are not as many on each process."""
     metric = MulticlassAUROC(num_classes=4)
-    return Probe(DataLoader(data(), batch_size=7), metric, lambda module, batch: (module(batch[0]), batch[1]))
+    # Rounded, since two samples have the same three tokens in another order, whose tie the last bit would decide.
+    return Probe(
+        DataLoader(data(), batch_size=7), metric, lambda module, batch: (module(batch[0]).round(decimals=6), batch[1])
+    )
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "tp"])
@@ -139,7 +142,7 @@ def test_figures_are_those_of_one_process(tmp_path: Path, name: str, probe: Any)
 def count_forwards(name: str, root: Path) -> list[int]:
     forwards: list[int] = []
     probe = Probe(
-        [batch for batch in DataLoader(data(), batch_size=5)],
+        list(DataLoader(data(), batch_size=5)),
         Mean(),
         lambda module, batch: (forwards.append(len(batch[0])), module.loss(batch))[1],
     )
@@ -191,7 +194,3 @@ def test_each_figure_is_logged_once(tmp_path: Path, name: str) -> None:
     for tag in ("forgetting/retention", "forgetting/loss/mean", "kappa/median", "kappa_drift/max"):
         assert [event.step for event in log.Scalars(tag)] == [0, 3, 6], tag
     assert [event.step for event in log.Images("kappa/drift")] == [0, 3, 6]
-
-
-def test_data_of_the_tests_does_not_divide_by_the_processes() -> None:
-    assert len(TensorDataset(torch.ones(23))) % 2
