@@ -39,10 +39,11 @@ def compute_dealt(
         return
     present = deal([weight for weight in weights if not weight.is_sharded], processes.count)[processes.rank]
     with processes.failing_together():
-        own = list(watch(present, compute(present)))
+        own = list(watch(present, compute(present))) if present else []
     rounds = _rounds([weight for weight in weights if weight.is_sharded], processes.count)
-    share = [row[processes.rank] for row in rounds if processes.rank < len(row)]
-    own += watch(share, _compute_sharded(rounds, compute, processes))
+    if rounds:
+        share = [weights[processes.rank] for weights in rounds if processes.rank < len(weights)]
+        own += watch(share, _compute_sharded(rounds, compute, processes))
     for rows in processes.gather(own):
         yield from rows
 

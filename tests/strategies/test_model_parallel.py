@@ -1,0 +1,124 @@
+"""Sharded weights: read whole one for each process at a time, and left as they are found."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities.model_summary import summarize
+from ranks import on_ranks
+from script import STRATEGIES, Net, probes
+from tiny import Spy, make_trainer, numpy_ranking, trainable
+from torch.distributed.tensor import DTensor
+
+import kappa_lightning.weights.model
+from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, KappaProfile
+from kappa_lightning.weights.sharded import whole
+
+
+def fit(name: str, root: Path, *callbacks: Any, epochs: int = 1) -> tuple[Any, Net]:
+    devices, make = STRATEGIES[name]
+    trainer = make_trainer(
+        root, *callbacks, strategy=make(), devices=devices, use_distributed_sampler=False, max_epochs=epochs
+    )
+    module = Net()
+    trainer.fit(module)
+    return trainer, module
+
+
+def count_whole_tensors(root: Path) -> list[int]:
+    """How many whole copies of sharded weights are alive whenever another one is put together."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    counts: list[int] = []
+
+    def counting(tensor: torch.Tensor) -> torch.Tensor:
+        copy = whole(tensor)
+        alive.add(copy)
+        counts.append(len(alive))
+        return copy
+
+    kappa_lightning.weights.model.whole = counting
+    fit("fsdp2", root, KappaFreezeCallback(num_tensors=2), KappaMonitor(tensors="all"))
+    return counts
+
+
+def test_no_process_holds_more_than_two_whole_weights(tmp_path: Path) -> None:
+    for counts in on_ranks(count_whole_tensors, tmp_path):
+        # All four for the profile, and the two that train again at the end of the epoch.
+        assert len(counts) == len(Net.MATRICES) + 2
+        assert max(counts) <= 2
+
+
+def look(name: str, root: Path) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+
+    def at_first_batch(trainer: Any, module: Any) -> None:
+        seen["sharded"] = all(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+    def after_backward(trainer: Any, module: Any) -> None:
+        seen["gradients"] = [key for key, parameter in module.named_parameters() if parameter.grad is not None]
+
+    freeze = KappaFreezeCallback(num_tensors=2)
+    spy = Spy(on_train_batch_start=at_first_batch, on_before_optimizer_step=after_backward)
+    trainer, module = fit(name, root, freeze, ForgettingEval(probes()), spy)
+    (optimizer,) = trainer.optimizers
+    names = {id(parameter): key for key, parameter in module.named_parameters()}
+    seen["states"] = [names[id(parameter)] for parameter in optimizer.state]
+    seen["profile"] = KappaProfile.from_model(module, progress=False, include=freeze.frozen_names).to_dict()["rows"]
+    return seen
+
+
+def test_parameters_are_sharded_again_when_training_starts_and_frozen_ones_cost_nothing(tmp_path: Path) -> None:
+    lowest = sorted(numpy_ranking(Net(), Net.MATRICES)[:2])
+    for seen in on_ranks(look, "fsdp2", tmp_path):
+        assert seen["sharded"]
+        assert sorted(seen["gradients"]) == sorted(seen["states"]) == lowest
+
+
+def test_profile_of_a_sharded_module_without_a_trainer_is_that_of_the_whole_one(tmp_path: Path) -> None:
+    frozen = numpy_ranking(Net(), Net.MATRICES)[2:]
+    expected = {row.name: row.to_dict() for row in KappaProfile.from_model(Net(), progress=False)}
+    for seen in on_ranks(look, "fsdp2", tmp_path):
+        assert {row["name"]: row for row in seen["profile"]} == {name: expected[name] for name in frozen}
+
+
+def two_fits(name: str, root: Path) -> dict[str, Any]:
+    freeze, monitor = KappaFreezeCallback(num_tensors=2), KappaMonitor()
+    trainer, module = fit(name, root, freeze, monitor)
+    first, between = freeze.trained_names, {key: whole(p).clone() for key, p in module.named_parameters()}
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module)
+    moved = [key for key, parameter in module.named_parameters() if not torch.equal(whole(parameter), between[key])]
+    found = {"first": first, "second": freeze.trained_names, "moved": moved, "requires_grad": trainable(module)}
+    freeze.unfreeze()
+    return found | {"steps": [record["step"] for record in monitor.history], "unfrozen": trainable(module)}
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "tp"])
+def test_second_fit_goes_on_with_the_same_tensors(tmp_path: Path, name: str) -> None:
+    for result in on_ranks(two_fits, name, tmp_path):
+        assert sorted(result["first"]) == sorted(numpy_ranking(Net(), Net.MATRICES)[:2])
+        assert result["first"] == result["second"] == result["moved"] == result["requires_grad"]
+        assert result["steps"] == [0, 3, 6]
+        assert result["unfrozen"] == [name for name, _ in Net().named_parameters()]
+
+
+def summary(root: Path) -> int:
+    counts: list[int] = []
+
+    class Reading(ModelSummary):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            counts.append(summarize(pl_module).trainable_parameters)
+
+    fit("fsdp2", root, Reading(), KappaFreezeCallback(num_tensors=2))
+    return counts[0]
+
+
+def test_summary_counts_the_whole_tensors_that_train(tmp_path: Path) -> None:
+    parameters = dict(Net().named_parameters())
+    expected = sum(parameters[name].numel() for name in numpy_ranking(Net(), Net.MATRICES)[:2])
+    assert on_ranks(summary, tmp_path) == [expected, expected]
