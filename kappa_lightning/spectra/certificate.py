@@ -25,6 +25,36 @@ def gaussian_block(rows: int, seed: int, device: torch.device) -> Tensor:
     return torch.randn(rows, BLOCK, generator=generator, dtype=torch.float64).to(device)
 
 
+def worth_bracketing(
+    diagonal_and_coupling: Tensor, last_coupling: Tensor, overlap: Tensor | float, tolerance: float, top: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ask at one point whether :func:`largest_eigenvalue_interval` may succeed, at a tenth of its price.
+
+    The point is λ = (1 + tolerance)·top, and h(λ) < overlap there is what the bracket needs. One Cholesky factorisation
+    of λ − T gives h, or says that the largest Ritz value has passed λ.
+
+    Args:
+        diagonal_and_coupling: T, shape (batch, 16k, 16k).
+        last_coupling: B_k, shape (batch, 16, 16).
+        overlap: as there.
+        tolerance: as there.
+        top: a largest Ritz value of T or of an earlier, smaller T, shape (batch,).
+
+    Returns:
+        Whether h < overlap, and ``top`` brought up to date where λ had been passed; both of shape (batch,).
+    """
+    block = last_coupling.shape[-1]
+    point = (1 + tolerance) * top[..., None, None]
+    identity = torch.eye(diagonal_and_coupling.shape[-1], dtype=top.dtype, device=top.device)
+    factor, info = torch.linalg.cholesky_ex(point * identity - diagonal_and_coupling)
+    first_columns = torch.cholesky_solve(identity[:, :block].expand(*factor.shape[:-1], block), factor)
+    h = torch.linalg.matrix_norm(last_coupling @ first_columns[..., -block:, :])
+    passed = info != 0
+    if bool(passed.any()):
+        top = torch.where(passed, torch.linalg.eigvalsh(diagonal_and_coupling)[..., -1], top)
+    return ~passed & (h < overlap), top
+
+
 def largest_eigenvalue_interval(
     diagonal_and_coupling: Tensor,
     last_coupling: Tensor,

@@ -1,7 +1,7 @@
 """Factors R with RᵀR ≈ AᵀA by Cholesky, LU and QR, and the measurement of how far R's singular values are from A's."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,12 @@ _LARGEST_BATCHED_ORDER = 512
 class Factor:
     """A square R that stands for A: RᵀR ≈ AᵀA.
 
+    The maps take a block of vectors as rows, X of shape (count, 16, n).
+
     Attributes:
-        solve: X ↦ R⁻¹X for X of shape (count, n, 16).
-        solve_transposed: X ↦ R⁻ᵀX.
-        gram: X ↦ AᵀAX or RᵀRX, whichever is at hand.
+        solve: X ↦ (R⁻¹Xᵀ)ᵀ.
+        solve_transposed: X ↦ (R⁻ᵀXᵀ)ᵀ.
+        gram: X ↦ XAᵀA or XRᵀR, whichever is at hand.
         log_volume: ln |det R|, shape (count,).
         matrix: shape (count, n, n), with the singular values of R.
     """
@@ -93,14 +95,17 @@ def lu_factor(matrices: TallMatrices) -> Factor:
 
     Half the arithmetic of a Gram matrix of a square, and its error grows with κ instead of κ². It needs no bound on the
     growth of the pivots: :func:`relative_backward_error` sees what they did.
+
+    Returns:
+        The factor, whose ``matrix`` is A itself.
     """
     matrix = matrices.scaled(torch.float64)
     factor, pivots, _ = torch.linalg.lu_factor_ex(matrix)
     fill_pivots(factor)
     return Factor(
-        solve=lambda block: torch.linalg.lu_solve(factor, pivots, block),
-        solve_transposed=lambda block: torch.linalg.lu_solve(factor, pivots, block, adjoint=True),
-        gram=lambda block: matrix.mT @ (matrix @ block),
+        solve=lambda block: torch.linalg.lu_solve(factor, pivots, block.mT).mT,
+        solve_transposed=lambda block: torch.linalg.lu_solve(factor, pivots, block.mT, adjoint=True).mT,
+        gram=lambda block: (block @ matrix.mT) @ matrix,
         log_volume=_log_diagonal(factor),
         matrix=matrix,
     )
@@ -114,19 +119,20 @@ def triangular_factor(factor: Tensor, gram: Callable[[Tensor], Tensor] | None = 
         # With 16 right-hand sides a substitution leaves a GPU idle; it pays to invert once and multiply.
         identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
         (inverse,) = _each(lambda r, i: (torch.linalg.solve_triangular(r, i, upper=True),), factor, identity)
-        solve, solve_transposed = (lambda block: inverse @ block), (lambda block: inverse.mT @ block)
+        solve, solve_transposed = (lambda block: block @ inverse.mT), (lambda block: block @ inverse)
     else:
-        solve = lambda block: torch.linalg.solve_triangular(factor, block, upper=True)  # noqa: E731
-        solve_transposed = lambda block: torch.linalg.solve_triangular(factor.mT, block, upper=False)  # noqa: E731
+        solve = lambda block: torch.linalg.solve_triangular(factor, block.mT, upper=True).mT  # noqa: E731
+        solve_transposed = lambda block: torch.linalg.solve_triangular(factor.mT, block.mT, upper=False).mT  # noqa: E731
     return Factor(
-        solve, solve_transposed, gram or (lambda block: factor.mT @ (factor @ block)), _log_diagonal(factor), factor
+        solve, solve_transposed, gram or (lambda block: (block @ factor.mT) @ factor), _log_diagonal(factor), factor
     )
 
 
 def fill_pivots(factor: Tensor) -> None:
     """Move pivots near zero, which would stop the solves, by eps·max|R|: less than the factorisation's own rounding."""
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    floor = torch.finfo(factor.dtype).eps * factor.abs().amax((-2, -1))[:, None]
+    largest = torch.maximum(factor.amax((-2, -1)), -factor.amin((-2, -1)))
+    floor = torch.finfo(factor.dtype).eps * largest[:, None]
     diagonal.copy_(torch.where(diagonal.abs() < floor, floor, diagonal))
 
 
@@ -134,7 +140,9 @@ def _log_diagonal(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
 
 
-def relative_backward_error(matrices: TallMatrices, factor: Factor, rows: int, powers: int) -> tuple[Tensor, Tensor]:
+def relative_backward_error(
+    row_blocks: Callable[[], Iterable[Tensor]], factor: Factor, powers: int
+) -> tuple[Tensor, Tensor]:
     r"""Measure how well R stands for A: every σ_i(A)² is σ_i(R)² times a factor in [1 − f, 1 + f].
 
     With F = R⁻ᵀAᵀAR⁻¹ − I and f = ‖F‖₂ < 1, Ostrowski's theorem applied to A = (AR⁻¹)R gives the statement for every
@@ -148,24 +156,23 @@ def relative_backward_error(matrices: TallMatrices, factor: Factor, rows: int, p
     half-broken BLAS. Rounding while measuring adds about κ·eps to f.
 
     Args:
-        matrices: the A's, shape (count, m, n).
+        row_blocks: reads the A's from top to bottom, in float64, each block of shape (count, some rows, n).
         factor: the R's.
-        rows: how many rows of A to convert at a time.
         powers: p; each costs another reading of A and makes the bound sharper, for p = 1 it exceeds ‖F‖₂ by up to
             √(16n/0.38).
 
     Returns:
         f, inf where it is not below 1, and ‖A‖_F² accumulated in float64 on the way; both of shape (count,).
     """
-    device = matrices.entries.device
-    probe = gaussian_block(matrices.cols, _PROBE_SEED, device).expand(matrices.count, -1, -1)
+    device, (count, _, n) = factor.matrix.device, factor.matrix.shape
+    probe = gaussian_block(n, _PROBE_SEED, device).mT.expand(count, -1, -1)
     image = probe
-    norm_squared = torch.zeros(matrices.count, dtype=torch.float64, device=device)
+    norm_squared = torch.zeros(count, dtype=torch.float64, device=device)
     for power in range(powers):
         solved = factor.solve(image)
         product = torch.zeros_like(solved)
-        for part in matrices.row_blocks(torch.float64, rows):
-            product.baddbmm_(part.mT, part @ solved)
+        for part in row_blocks():
+            product.baddbmm_(solved @ part.mT, part)
             if power == 0:
                 norm_squared += torch.linalg.vector_norm(part, dim=(-2, -1)).square()
         image = factor.solve_transposed(product) - image

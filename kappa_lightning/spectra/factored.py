@@ -1,5 +1,7 @@
 """The rungs that read κ off a factor: Cholesky of the Gram matrix, LU, and QR."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,22 +35,21 @@ def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dty
     """
     gram, upper, found = gram_cholesky(matrices, dtype, rows)
     powers = 2 if dtype == torch.float32 else 1
-    factor = triangular_factor(upper, lambda block: gram @ block)
-    error, norm_squared = relative_backward_error(matrices, factor, rows, powers)
+    factor = triangular_factor(upper, lambda block: block @ gram)
+    error, norm_squared = relative_backward_error(_reader(matrices, rows), factor, powers)
     return _read_off_if_close(matrices, factor, error.masked_fill(~found, torch.inf), norm_squared, rtol, lanczos_from)
 
 
-def lu_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int) -> Values:
+def lu_values(matrices: TallMatrices, rtol: float, lanczos_from: int) -> Values:
     """Take the values of square matrices from their LU factors; ``rtol`` of the result is inf where that failed.
 
     Args:
         matrices: shape (count, n, n).
-        rows: how many rows to convert at a time while measuring.
         rtol: wanted relative error of κ.
         lanczos_from: number of columns from which on Lanczos runs instead of a full decomposition.
     """
     factor = lu_factor(matrices)
-    error, norm_squared = relative_backward_error(matrices, factor, rows, powers=1)
+    error, norm_squared = relative_backward_error(lambda: [factor.matrix], factor, powers=1)
     return _read_off_if_close(matrices, factor, error, norm_squared, rtol, lanczos_from)
 
 
@@ -64,12 +65,16 @@ def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int)
     upper = qr_factor(matrices, rows)
     fill_pivots(upper)
     factor = triangular_factor(upper)
-    error, norm_squared = relative_backward_error(matrices, factor, rows, powers=1)
+    error, norm_squared = relative_backward_error(_reader(matrices, rows), factor, powers=1)
     values = _read_off(matrices, factor, error, norm_squared, rtol, lanczos_from)
     # σ_min found this way is that of some vector, hence an upper bound: small enough, it settles the rank.
     backward = rounding_error(torch.ones_like(error), matrices.cols) * values.sigma_max
     deficient = is_rank_deficient(values.sigma_min + backward, values.sigma_max, matrices)
     return values.with_rank(deficient)
+
+
+def _reader(matrices: TallMatrices, rows: int) -> Callable[[], Iterator[Tensor]]:
+    return lambda: matrices.row_blocks(torch.float64, rows)
 
 
 def _read_off_if_close(

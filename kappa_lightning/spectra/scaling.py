@@ -24,8 +24,11 @@ class TallMatrices:
 
     @classmethod
     def of(cls, stack: Tensor, largest: Tensor) -> "TallMatrices":
-        """Orient a (count, rows, cols) stack whose largest absolute entries, float64 of shape (count,), are known."""
-        tall = stack if stack.shape[-2] >= stack.shape[-1] else stack.mT
+        """Orient a (count, rows, cols) stack whose largest absolute entries, float64 of shape (count,), are known.
+
+        A square matrix is transposed as well: LAPACK wants columns contiguous, and those of the transpose usually are.
+        """
+        tall = stack if stack.shape[-2] > stack.shape[-1] else stack.mT
         return cls(tall, torch.frexp(largest).exponent)
 
     @property

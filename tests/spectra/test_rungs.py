@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra_matrices import EPS, FAMILIES, FULL_RANK, as_tensor, reference_kappa, relative_error
 
-from kappa_lightning.spectra.certificate import gaussian_block, largest_eigenvalue_interval
+from kappa_lightning.spectra.certificate import gaussian_block, largest_eigenvalue_interval, worth_bracketing
 from kappa_lightning.spectra.factor import (
     gram_cholesky,
     lu_factor,
@@ -74,8 +74,12 @@ def test_measured_backward_error_bounds_the_true_one(family, dtype):
     _, factor, found = gram_cholesky(matrices, dtype, 32)
     if not bool(found):
         return
-    bound, norm_squared = relative_backward_error(matrices, triangular_factor(factor), 32, powers=1)
-    sharper, _ = relative_backward_error(matrices, triangular_factor(factor), 32, powers=2)
+    bound, norm_squared = relative_backward_error(
+        lambda: matrices.row_blocks(torch.float64, 32), triangular_factor(factor), powers=1
+    )
+    sharper, _ = relative_backward_error(
+        lambda: matrices.row_blocks(torch.float64, 32), triangular_factor(factor), powers=2
+    )
     (scaled,) = matrices.scaled(torch.float64)
     quotient = scaled @ torch.linalg.inv(factor[0])
     true = torch.linalg.matrix_norm(quotient.mT @ quotient - torch.eye(60), 2)
@@ -89,9 +93,15 @@ def test_a_wrong_factor_is_found_out():
     """The bound is a measurement: it does not trust the factorisation that it judges."""
     matrices = tall(torch.randn(1, 200, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     factor = qr_factor(matrices, 64)
-    assert relative_backward_error(matrices, triangular_factor(factor), 64, powers=1)[0] < 1e-10
+    assert (
+        relative_backward_error(lambda: matrices.row_blocks(torch.float64, 64), triangular_factor(factor), powers=1)[0]
+        < 1e-10
+    )
     factor[0, 70, 80] += 1e-3 * factor[0, 70, 70].abs()
-    assert relative_backward_error(matrices, triangular_factor(factor), 64, powers=1)[0] > 1e-4
+    assert (
+        relative_backward_error(lambda: matrices.row_blocks(torch.float64, 64), triangular_factor(factor), powers=1)[0]
+        > 1e-4
+    )
 
 
 def test_a_pivot_that_grew_is_found_out():
@@ -100,7 +110,7 @@ def test_a_pivot_that_grew_is_found_out():
     matrix[:, -1] = 1
     matrix += 1e-3 * torch.randn(100, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril()
     matrices = tall(matrix[None])
-    bound, _ = relative_backward_error(matrices, lu_factor(matrices), 64, powers=1)
+    bound, _ = relative_backward_error(lambda: matrices.row_blocks(torch.float64, 64), lu_factor(matrices), powers=1)
     found = take_rung("lu64", matrices, plan("lu64"), rtol=1e-3)
     true = reference_kappa(matrix.numpy())
     assert not found.rtol <= 1e-3 or relative_error(found.sigma_max / found.sigma_min, true) <= float(found.rtol)
@@ -128,7 +138,7 @@ def test_lanczos_bracket_holds_the_largest_eigenvalue(size, decay, crowd, seed):
     eigenvalues[: crowd + 1] = 1 + 1e-5 * rng.random(crowd + 1)
     basis = np.linalg.qr(rng.standard_normal((size, size)))[0]
     matrix = as_tensor((basis * eigenvalues) @ basis.T)[None]
-    lower, upper = largest_eigenvalue(lambda block: matrix @ block, size, 1, device=CPU, tolerance=1e-3)
+    lower, upper = largest_eigenvalue(lambda block: block @ matrix, size, 1, device=CPU, tolerance=1e-3)
     assert float(lower) <= eigenvalues.max() * (1 + 1e-12)
     assert float(upper) >= eigenvalues.max() * (1 - 1e-12)
 
@@ -144,6 +154,28 @@ def test_bracket_stays_open_while_lanczos_has_seen_too_little():
     lower, upper = largest_eigenvalue_interval(diagonal[None], coupling[None], 0.02, 1e-3, torch.zeros_like)
     assert lower < 1
     assert upper >= 1
+
+
+def test_cheap_question_before_the_bracket_never_puts_off_an_answer():
+    """Where the bracket is narrow enough, the question says so, and it keeps up with the Ritz value."""
+    size, tolerance, overlap = 300, 1e-2, 0.03
+    eigenvalues = torch.linspace(0.1, 1, size, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(gaussian_block(size, 0, CPU))
+    top = torch.zeros(1, dtype=torch.float64)
+    answers = []
+    for _ in range(16):
+        image = eigenvalues[:, None] * basis
+        tridiagonal = basis.mT @ image
+        block, coupling = torch.linalg.qr(image[:, -16:] - basis @ tridiagonal[:, -16:])
+        arguments = (tridiagonal[None], coupling[None], overlap, tolerance)
+        lower, upper = largest_eigenvalue_interval(*arguments, torch.zeros_like)
+        worth, top = worth_bracketing(*arguments, top)
+        answers.append((bool(worth), bool(upper <= (1 + tolerance) * lower)))
+        assert lower / (1 + tolerance) <= top <= lower * (1 + 1e-12)
+        basis, _ = torch.linalg.qr(torch.cat([basis, block], 1))
+    assert (False, False) in answers
+    assert (True, True) in answers
+    assert (False, True) not in answers
 
 
 @pytest.mark.parametrize("size", [48, 64, 130])
