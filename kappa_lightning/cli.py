@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from kappa_lightning.figures import profile_figure
-from kappa_lightning.profile import KappaProfile
+from kappa_lightning.profile import KappaProfile, KappaRow
 from kappa_lightning.profile.row import EXPERTS
-from kappa_lightning.selection import CRITERIA, DEFAULT_TOP_P, Budget, rank, select
+from kappa_lightning.selection import CRITERIA, DEFAULT_TOP_P, GROUPINGS, Budget, criterion_of, rank, select
 from kappa_lightning.spectra import SOLVERS
 from kappa_lightning.tables import format_kappa
 
@@ -51,14 +51,15 @@ def _scan(args: argparse.Namespace, budget: Budget) -> int:
         experts=args.experts,
         save_to=args.out,
     )
-    names = select(list(profile), budget, args.criterion)
+    names = select(list(profile), budget, args.criterion, within=args.within, seed=args.seed)
     if args.figure is not None:
         profile_figure(profile, names, title=f"{'/'.join(Path(args.model).parts[-2:])}, {budget}").savefig(args.figure)
     if args.names:
         print("\n".join(names))
         return 0
     console = Console()
-    console.print(_table(profile, names, args.criterion))
+    ranking = rank(profile, args.criterion, within=args.within, seed=args.seed)
+    console.print(_table(ranking, names))
     chosen = sum(profile[name].num_parameters for name in names)
     total = sum(row.num_parameters for row in profile)
     console.print(
@@ -68,12 +69,12 @@ def _scan(args: argparse.Namespace, budget: Budget) -> int:
     return 0
 
 
-def _table(profile: KappaProfile, selected: Sequence[str], criterion: str) -> Table:
+def _table(ranking: Sequence[KappaRow], selected: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for header, justify in (("", "right"), ("tensor", "left"), ("shape", "right"), ("κ", "right"), ("trains", "left")):
         table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
     chosen = set(selected)
-    for position, row in enumerate(rank(profile, criterion), start=1):
+    for position, row in enumerate(ranking, start=1):
         mark = "yes" if row.name in chosen else ""
         shape = "×".join(map(str, row.shape))
         table.add_row(
@@ -110,6 +111,14 @@ def _device(text: str) -> torch.device:
     return device
 
 
+def _criterion(name: str) -> str:
+    try:
+        criterion_of(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
 def _int_or_share(text: str) -> int | float:
     return float(text) if "." in text or "e" in text.lower() else int(text)
 
@@ -133,7 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument(
         "--max-params", type=_int_or_share, metavar="N", help="number of parameters that train, or a share such as 0.25"
     )
-    scan.add_argument("--criterion", default="kappa", choices=sorted(CRITERIA), help="what ranks the tensors")
+    scan.add_argument(
+        "--criterion", type=_criterion, default="kappa", metavar="NAME",
+        help=f"what ranks the tensors: {', '.join(CRITERIA)}; reversed:kappa is the other way round",
+    )  # fmt: skip
+    scan.add_argument(
+        "--within", default="all", choices=list(GROUPINGS), help="rank inside groups, each of which keeps its share"
+    )
+    scan.add_argument("--seed", type=int, default=0, metavar="N", help="of --criterion random")
     scan.add_argument("--include", nargs="+", default=["*"], metavar="GLOB", help="only tensors with these names")
     scan.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="but not with these")
     scan.add_argument("--experts", default="mean", choices=list(EXPERTS), help="how the κ of fused experts combine")

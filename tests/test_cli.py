@@ -188,6 +188,14 @@ def test_criterion_ranks(scan, monkeypatch):
     assert names_in(scan("--names", "--top-p", 1, "--criterion", "worst first")[1]) == RANKING[::-1]
 
 
+def test_criterion_can_be_reversed_random_and_within_groups(scan, checkpoint):
+    assert names_in(scan("--names", "--top-p", 1, "--criterion", "reversed:kappa")[1]) == RANKING[::-1]
+    profile = KappaProfile.from_checkpoint(checkpoint, progress=False)
+    for options in ({"criterion": "random", "seed": 3}, {"within": "role"}):
+        flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+        assert names_in(scan("--names", "--top-p", 1, *flags)[1]) == profile.select(top_p=1.0, **options)
+
+
 def test_experts_are_combined_as_asked(scan, tmp_path):
     stack = torch.stack([torch.diag(torch.tensor([kappa, 1.0, 1.0])) for kappa in (2.0, 100.0, 3.0)])
     save_file({"experts.up": stack, "a.weight": torch.diag(torch.tensor([5.0, 1.0]))}, tmp_path / "e.safetensors")
@@ -357,6 +365,8 @@ def test_device_that_is_not_there_is_an_error_without_a_traceback(wrong, checkpo
         (["--max-params", "many"], "--max-params"),
         (["--num-tensors", "2.5"], "--num-tensors"),
         (["--criterion", "beauty"], "--criterion"),
+        (["--within", "layer"], "--within"),
+        (["--seed", "x"], "--seed"),
         (["--experts", "min"], "--experts"),
         (["--solver", "qr"], "--solver"),
         (["--include"], "--include"),
@@ -382,7 +392,7 @@ def test_help_explains_every_argument(capsys, monkeypatch):
     text = capsys.readouterr().out
     options = (
         "--top-p", "--num-tensors", "--max-kappa", "--max-params", "--criterion", "--include", "--exclude",
-        "--experts", "--device", "--solver", "--rtol", "--out", "--figure", "--names",
+        "--within", "--seed", "--experts", "--device", "--solver", "--rtol", "--out", "--figure", "--names",
     )  # fmt: skip
     for option in options:
         explained = re.search(

@@ -368,6 +368,22 @@ def test_one_degenerate_expert_counts_as_the_combination_says(how, expected):
     assert profile.experts == how
 
 
+def test_row_gives_the_spectrum_of_each_expert_and_of_a_kernel_as_a_matrix():
+    stack = torch.randn(3, 4, 6)
+    net = nn.ModuleDict({"experts": nn.ParameterList([stack]), "conv": nn.Conv2d(2, 5, 3)})
+    profile = profile_of(net, experts="median")
+    rows = [profile["experts.0"], profile["conv.weight"]]
+    for row, matrices in zip(rows, (stack, net["conv"].weight.detach().flatten(1)[None]), strict=True):
+        assert [matrix.shape for matrix in row.matrices] == [tuple(matrices.shape[1:])] * len(matrices)
+        for found, matrix in zip(row.matrices, matrices, strict=True):
+            sigma = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+            reference = (sigma[0] / sigma[-1], sigma[0], np.log(sigma).sum(), np.sqrt((sigma**2).sum()))
+            figures = (found.kappa, found.sigma_max, found.log_volume, found.frobenius_norm)
+            np.testing.assert_allclose(figures, reference, rtol=1e-3)
+        assert row.kappa == row.combine(matrix.kappa for matrix in row.matrices)
+    assert profile["experts.0"].combine([5.0, 1.0, 2.0]) == 2.0
+
+
 def test_median_of_two_experts_of_which_one_is_degenerate_is_infinite():
     net = nn.ParameterDict({"experts": experts(2.0, np.inf)})
     assert profile_of(net, experts="median")["experts"].kappa == np.inf

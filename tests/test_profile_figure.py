@@ -18,7 +18,18 @@ def profile(kappas):
     numbers = dict.fromkeys(("sigma_max", "sigma_min", "log_volume", "frobenius_norm", "rtol"), 1.0)
     rows = [
         KappaRow(
-            name=name, shape=(4, 4), kappa=kappa, kappas=None, dtype="float32", fingerprint=f"{index:016x}", **numbers
+            name=name,
+            shape=(4, 4),
+            kappa=kappa,
+            kappas=None,
+            sigma_maxs=None,
+            log_volumes=None,
+            frobenius_norms=None,
+            matrix_shape=(4, 4),
+            experts="mean",
+            dtype="float32",
+            fingerprint=f"{index:016x}",
+            **numbers,
         )
         for index, (name, kappa) in enumerate(kappas.items())
     ]

@@ -79,7 +79,7 @@ def test_file_is_strict_json_in_utf8(saved):
 def test_file_tells_its_format_schema_and_versions(saved):
     document = json.loads(saved.read_text(encoding="utf-8"))
     assert document["format"] == "kappa-lightning profile"
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert document["versions"]["torch"] == torch.__version__
 
 
@@ -157,7 +157,7 @@ def test_file_that_is_not_utf8_is_an_error_that_names_it(saved):
         KappaProfile.load(saved)
 
 
-@pytest.mark.parametrize("version", [2, 99, None, "1"])
+@pytest.mark.parametrize("version", [1, 99, None, "1"])
 def test_other_schema_version_is_an_error_that_says_what_to_do(saved, version):
     edited(saved, lambda document: document.update(schema_version=version))
     with pytest.raises(ValueError, match=rf"kappa\.json has schema version {version}.*update"):
@@ -173,7 +173,7 @@ def test_missing_entry_is_an_error_that_names_file_and_entry(saved, entry):
 
 FIELDS = [
     "name", "shape", "kappa", "sigma_max", "sigma_min", "log_volume", "frobenius_norm", "rtol", "kappas", "dtype",
-    "fingerprint",
+    "fingerprint", "sigma_maxs", "log_volumes", "frobenius_norms", "matrix_shape", "experts",
 ]  # fmt: skip
 
 
@@ -198,6 +198,13 @@ def test_row_without_a_field_is_an_error_that_names_the_file(saved, field):
         ("kappas", 3.0),
         ("kappas", "inf"),
         ("kappas", ["high"]),
+        ("kappas", [1.0]),
+        ("sigma_maxs", ["high"]),
+        ("log_volumes", 3.0),
+        ("matrix_shape", [3]),
+        ("matrix_shape", [3.5, 3]),
+        ("experts", "min"),
+        ("experts", ["mean"]),
         ("fingerprint", 17),
         ("dtype", None),
     ],

@@ -1,12 +1,13 @@
 import math
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kappa_lightning.selection import CRITERIA, Budget, rank, select
+from kappa_lightning.selection import CRITERIA, GROUPINGS, Budget, rank, select
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,8 @@ class Row:
     name: str
     kappa: float
     num_parameters: int = 1
+    shape: tuple[int, ...] = (1, 1)
+    frobenius_norm: float = 1.0
 
 
 def rows_of(*kappas):
@@ -127,6 +130,121 @@ def test_ties_are_broken_by_name():
 def test_infinite_kappas_are_last_and_ranked_by_name():
     rows = rows_of(math.inf, 5.0, math.inf, 1e308)
     assert [row.name for row in rank(rows)] == ["t1", "t3", "t0", "t2"]
+
+
+def test_reversed_ranking_puts_infinite_kappas_first_and_breaks_ties_by_name_alike():
+    rows = rows_of(math.inf, 5.0, math.inf, 1.0, 5.0)
+    assert [row.name for row in rank(rows, "reversed:kappa")] == ["t0", "t2", "t1", "t4", "t3"]
+    assert select(rows, Budget(num_tensors=3), "reversed:kappa") == ["t0", "t2", "t1"]
+    # The limit on κ stays an upper one.
+    assert select(rows, Budget(max_kappa=5.0), "reversed:kappa") == ["t1", "t4", "t3"]
+
+
+@pytest.mark.parametrize("criterion", ["kappa", "reversed:kappa", "random", "reversed:random"])
+@pytest.mark.parametrize("within", GROUPINGS)
+def test_zero_matrix_is_last_by_every_criterion_and_in_every_group(criterion, within):
+    rows = [Row("zero", math.inf, shape=(2, 2), frobenius_norm=0.0), Row("a", 3.0), Row("b", 2.0), Row("c", 1.0)]
+    assert rank(rows, criterion, within=within)[-1].name == "zero"
+
+
+def test_score_that_is_no_number_is_an_error_that_names_tensor_and_criterion(monkeypatch):
+    monkeypatch.setitem(CRITERIA, "broken", lambda row: math.nan)
+    with pytest.raises(ValueError, match="criterion='broken' gives t0 the score NaN"):
+        rank(rows_of(1.0), "broken")
+
+
+def test_random_order_changes_with_the_seed_and_not_with_the_rows_around():
+    rows = rows_of(*range(1, 31))
+    order = [row.name for row in rank(rows, "random", seed=3)]
+    assert order != [row.name for row in rank(rows, "random", seed=4)]
+    assert [row.name for row in rank(rows[::-2], "random", seed=3)] == [n for n in order if int(n[1:]) % 2]
+    assert [row.name for row in rank(rows, "reversed:random", seed=3)] == order[::-1]
+
+
+# Groups
+
+
+def grouped(**sizes):
+    """Groups of some sizes, each of a shape of its own, κ rising with the index and the group."""
+    return [
+        Row(f"layers.{index}.{name}", 1.0 + index + 1000 * group, shape=(group, group))
+        for group, (name, size) in enumerate(sizes.items())
+        for index in range(size)
+    ]
+
+
+@pytest.mark.parametrize("within", ["shape", "role"])
+def test_every_group_keeps_its_share_and_the_best_of_it(within):
+    rows = grouped(attention=12, up=8, down=4)
+    chosen = select(rows, Budget(top_p=0.5), within=within)
+    assert len(chosen) == 12
+    expected = {"attention": 6, "up": 4, "down": 2}
+    assert set(chosen) == {f"layers.{index}.{name}" for name, count in expected.items() for index in range(count)}
+    # Among all, one group would take them all.
+    assert set(select(rows, Budget(top_p=0.5))) == {f"layers.{index}.attention" for index in range(12)}
+
+
+def test_shape_and_role_are_different_groups():
+    rows = [
+        Row("layers.0.q", 4.0, shape=(2, 2)), Row("layers.0.k", 3.0, shape=(2, 2)),
+        Row("layers.1.q", 2.0, shape=(2, 2)), Row("layers.1.k", 1.0, shape=(2, 2)),
+        Row("layers.0.up", 9.0, shape=(8, 2)), Row("layers.1.up", 8.0, shape=(8, 2)),
+    ]  # fmt: skip
+    assert select(rows, Budget(num_tensors=3), within="shape") == ["layers.1.k", "layers.1.up", "layers.1.q"]
+    assert select(rows, Budget(num_tensors=3), within="role") == ["layers.1.k", "layers.1.q", "layers.1.up"]
+    rows[2] = Row("layers.1.q", 3.5, shape=(2, 2))
+    assert select(rows, Budget(num_tensors=3), within="shape") == ["layers.1.k", "layers.1.up", "layers.0.k"]
+    assert select(rows, Budget(num_tensors=3), within="role") == ["layers.1.k", "layers.1.q", "layers.1.up"]
+
+
+def test_tensors_and_transposed_ones_are_of_different_shape():
+    rows = [Row("a", 1.0, shape=(2, 8)), Row("b", 2.0, shape=(2, 8)), Row("c", 9.0, shape=(8, 2))]
+    assert select(rows, Budget(num_tensors=2), within="shape") == ["a", "c"]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    data=st.data(),
+    criterion=st.sampled_from(["kappa", "reversed:kappa", "random"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_groups_get_the_seats_of_sainte_laguë(sizes, data, criterion):
+    rows = grouped(**{f"group_{index}": size for index, size in enumerate(sizes)})
+    count = data.draw(st.integers(1, len(rows)))
+    chosen = select(rows, Budget(num_tensors=count), criterion, within="shape")
+    assert len(chosen) == count
+    seats = [sum(name.endswith(f"group_{index}") for name in chosen) for index in range(len(sizes))]
+    # Webster's condition: one divisor rounds every group's size to its seats, ties either way.
+    low = max(Fraction(2 * seat - 1, 2 * size) for seat, size in zip(seats, sizes, strict=True))
+    high = min(Fraction(2 * seat + 1, 2 * size) for seat, size in zip(seats, sizes, strict=True))
+    assert low <= high
+    # A larger budget keeps what a smaller one took.
+    assert chosen[:-1] == (select(rows, Budget(num_tensors=count - 1), criterion, within="shape") if count > 1 else [])
+    order = [row.name for row in rank(rows, criterion)]
+    for index in range(len(sizes)):
+        members = [name for name in order if name.endswith(f"group_{index}")]
+        assert [name for name in chosen if name in members] == members[: seats[index]]
+
+
+def test_parameter_limit_walks_the_groups_in_turn():
+    rows = [
+        Row("a", 1.0, 10, (1, 10)), Row("b", 2.0, 10, (1, 10)), Row("c", 3.0, 10, (1, 10)),
+        Row("x", 10.0, 100, (1, 100)), Row("y", 20.0, 100, (1, 100)), Row("z", 30.0, 100, (1, 100)),
+    ]  # fmt: skip
+    assert select(rows, Budget(max_params=220), within="shape") == ["a", "x", "b", "y"]
+    assert select(rows, Budget(max_params=130), within="shape") == ["a", "x", "b", "c"]
+    assert select(rows, Budget(max_params=130)) == ["a", "b", "c", "x"]
+
+
+def test_kappa_limit_is_the_same_in_every_group():
+    rows = grouped(low=3, high=3)
+    for within in GROUPINGS:
+        assert set(select(rows, Budget(max_kappa=2.0), within=within)) == {"layers.0.low", "layers.1.low"}
+
+
+def test_unknown_grouping_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match="within='layer' is unknown: use one of 'all', 'shape', 'role'"):
+        rank(ROWS, within="layer")
 
 
 def test_no_candidates_is_an_error():

@@ -13,7 +13,8 @@ from kappa_lightning.tables import Group, format_kappa, kappa_range, ranking_mar
 def row(name, kappa, shape=(4, 3), log_volume=1.0):
     return KappaRow(
         name=name, shape=shape, kappa=kappa, sigma_max=1.0, sigma_min=1.0 / kappa, log_volume=log_volume,
-        frobenius_norm=1.0, rtol=0.0, kappas=None, dtype="float32", fingerprint="0" * 16,
+        frobenius_norm=1.0, rtol=0.0, kappas=None, sigma_maxs=None, log_volumes=None, frobenius_norms=None,
+        matrix_shape=shape[-2:], experts="mean", dtype="float32", fingerprint="0" * 16,
     )  # fmt: skip
 
 

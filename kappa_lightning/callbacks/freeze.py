@@ -23,7 +23,7 @@ from kappa_lightning.processes import Processes
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.profile import included
 from kappa_lightning.profile.row import EXPERTS
-from kappa_lightning.selection import DEFAULT_TOP_P, Budget, criterion_of, rank, select
+from kappa_lightning.selection import DEFAULT_TOP_P, Budget, check_ranking, rank, select
 from kappa_lightning.spectra import check_options
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.tables import Group, ranking_markdown, training_table
@@ -57,7 +57,9 @@ class KappaFreezeCallback(Callback):
         num_tensors: the number of candidates that train.
         max_kappa: candidates with a κ of at most this train.
         max_params: the number of candidates' parameters that train, or their share if a float.
-        criterion: what ranks the candidates, a key of ``kappa_lightning.selection.CRITERIA``.
+        criterion: what ranks the candidates: ``"kappa"``, ``"excess_kappa"``, ``"entropy_deficit"``,
+            ``"stable_rank"``, ``"random"`` or one that you registered (:func:`kappa_lightning.selection.register`);
+            with ``reversed:`` in front the other way round.
         include: shell globs over the names of ``LightningModule.named_parameters()``.
         exclude: globs of what is no candidate, and therefore frozen.
         always_train: globs of what trains whatever its κ (new heads, projectors), outside the budget.
@@ -67,6 +69,9 @@ class KappaFreezeCallback(Callback):
         profile: a :class:`~kappa_lightning.KappaProfile` of the model's weights, or the path of its file, which is
             computed and written if there is none.
         experts: how the κ of fused experts combine into the tensor's: ``"mean"``, ``"median"`` or ``"max"``.
+        within: ``"all"``, ``"shape"`` or ``"role"``: candidates of one shape, or whose names differ only in numbers,
+            are ranked among themselves, and every group keeps its share.
+        seed: of the criterion ``"random"``.
 
     Attributes:
         profile: the :class:`~kappa_lightning.KappaProfile` of the candidates, after fit start.
@@ -110,12 +115,14 @@ class KappaFreezeCallback(Callback):
         rtol: float = 1e-3,
         profile: KappaProfile | str | os.PathLike[str] | None = None,
         experts: str = "mean",
+        within: str = "all",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if all(limit is None for limit in (top_p, num_tensors, max_kappa, max_params)):
             top_p = DEFAULT_TOP_P
         self.budget = Budget(top_p=top_p, num_tensors=num_tensors, max_kappa=max_kappa, max_params=max_params)
-        criterion_of(criterion)
+        check_ranking(criterion, within, seed)
         check_options(solver=solver, rtol=rtol)
         for argument, patterns in (("include", include), ("exclude", exclude), ("always_train", always_train)):
             if isinstance(patterns, str):
@@ -123,6 +130,8 @@ class KappaFreezeCallback(Callback):
         if not include:
             raise ValueError("include=() leaves nothing to train: give at least one glob")
         self.criterion = criterion
+        self.within = within
+        self.seed = seed
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self.always_train = tuple(always_train)
@@ -285,7 +294,7 @@ class KappaFreezeCallback(Callback):
                 )
             )
         profile = self._profile(trainer, module, candidates, processes)
-        selected = select(list(profile), self.budget, self.criterion)
+        selected = select(list(profile), self.budget, self.criterion, within=self.within, seed=self.seed)
         companions = {weight.name: weight.companions for weight in weights}
         trained = {*selected, *always, *(name for chosen in selected for name in companions[chosen])} & trainable
         if self.train_vectors:
@@ -377,6 +386,8 @@ class KappaFreezeCallback(Callback):
         return {
             **vars(self.budget),
             "criterion": self.criterion,
+            "within": self.within,
+            "seed": self.seed,
             "experts": self.experts,
             "include": list(self.include),
             "exclude": list(self.exclude),
@@ -414,7 +425,7 @@ class KappaFreezeCallback(Callback):
         ]
         if not trainer.barebones:
             rank_zero_info(training_table(groups, title=f"KappaFreezeCallback({self.budget})"))
-        ranking = rank(self.profile, self.criterion)
+        ranking = rank(self.profile, self.criterion, within=self.within, seed=self.seed)
         log_text(trainer, "kappa/ranking", ranking_markdown(ranking, chosen))
 
 

@@ -101,6 +101,7 @@ def _decompose(
 
 def _row(weight: Weight, spectra: Spectrum, content: str, experts: str) -> KappaRow:
     kappas = tuple(spectra.kappa.tolist())
+    _, rows, cols = weight.stack_shape
     return KappaRow(
         name=weight.name,
         shape=weight.shape,
@@ -111,6 +112,11 @@ def _row(weight: Weight, spectra: Spectrum, content: str, experts: str) -> Kappa
         frobenius_norm=float(torch.linalg.vector_norm(spectra.frobenius_norm)),
         rtol=float(spectra.rtol.max()),
         kappas=kappas if weight.is_stack else None,
+        sigma_maxs=tuple(spectra.sigma_max.tolist()) if weight.is_stack else None,
+        log_volumes=tuple(spectra.log_volume.tolist()) if weight.is_stack else None,
+        frobenius_norms=tuple(spectra.frobenius_norm.tolist()) if weight.is_stack else None,
+        matrix_shape=(rows, cols),
+        experts=experts,
         dtype=str(weight.dtype).removeprefix("torch."),
         fingerprint=content,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 FORMAT = "kappa-lightning profile"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def write_profile_file(path: str | os.PathLike[str], profile: dict[str, Any]) -> None:

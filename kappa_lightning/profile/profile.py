@@ -210,6 +210,9 @@ class KappaProfile:
         max_kappa: float | None = None,
         max_params: int | float | None = None,
         criterion: str = "kappa",
+        *,
+        within: str = "all",
+        seed: int = 0,
     ) -> list[str]:
         """The names that train under exactly one budget, the first to train first; ties are broken by name.
 
@@ -218,13 +221,21 @@ class KappaProfile:
             num_tensors: a number of tensors.
             max_kappa: every tensor whose κ is at most this.
             max_params: a number of parameters if an int, a share of the profiled parameters if a float.
-            criterion: what ranks the tensors; see :data:`kappa_lightning.selection.CRITERIA`.
+            criterion: what ranks the tensors, ``"kappa"``, ``"excess_kappa"``, ``"entropy_deficit"``,
+                ``"stable_rank"``, ``"random"`` or one of yours (:func:`kappa_lightning.selection.register`); with
+                ``reversed:`` in front the other way round.
+            within: ``"all"``, ``"shape"`` or ``"role"``: tensors of one shape, or whose names differ only in numbers,
+                are ranked among themselves, and every group keeps its share; see
+                :func:`kappa_lightning.selection.rank`.
+            seed: of the criterion ``random``.
 
         Raises:
-            ValueError: if there is not exactly one budget, or it selects nothing.
+            TypeError: if an argument has the wrong type.
+            ValueError: if there is not exactly one budget, it selects nothing, or ``criterion`` or ``within`` is
+                unknown.
         """
         budget = Budget(top_p=top_p, num_tensors=num_tensors, max_kappa=max_kappa, max_params=max_params)
-        return select(list(self), budget, criterion)
+        return select(list(self), budget, criterion, within=within, seed=seed)
 
     def restrict(self, names: Iterable[str]) -> KappaProfile:
         """The same profile with only the rows of some names.

@@ -64,6 +64,8 @@ def _refused(tmp_path: Path, module: Any, error: type[Exception], match: str, *c
         ({"top_p": 0.2, "num_tensors": 3}, ValueError, r"top_p=0\.2, num_tensors=3"),
         ({"max_kappa": 9.0, "max_params": 3}, ValueError, r"max_kappa=9\.0, max_params=3"),
         ({"criterion": "size"}, ValueError, "criterion='size'"),
+        ({"within": "layer"}, ValueError, "within='layer'"),
+        ({"seed": 0.5}, TypeError, r"seed=0\.5"),
         ({"solver": "magic"}, ValueError, "solver='magic'"),
         ({"experts": "best"}, ValueError, "experts='best'"),
         ({"rtol": 0.0}, ValueError, r"rtol=0\.0"),

@@ -399,3 +399,17 @@ def test_weights_from_load_state_dict_decide_not_the_initial_ones(tmp_path: Path
     module.load_state_dict(pretrained.state_dict())
     make_trainer(tmp_path, callback).fit(module, bank_loader())
     assert callback.selected_names == ["b.weight"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"criterion": "reversed:kappa"}, {"criterion": "random", "seed": 5}, {"within": "shape"}]
+)
+def test_criterion_seed_and_groups_choose_as_the_profile_does(tmp_path: Path, options: dict[str, Any]) -> None:
+    module = Bank(a=(4, 2.0), b=(4, 3.0), c=(4, 9.0), d=(5, 20.0), e=(5, 30.0), f=(6, 7.0))
+    callback = KappaFreezeCallback(num_tensors=3, include=["*.weight"], **options)
+    fit(tmp_path, module, callback)
+    assert callback.profile is not None
+    assert callback.selected_names == callback.profile.select(num_tensors=3, **options)
+    assert set(callback.trained_names) == set(callback.selected_names)
+    if "within" in options:
+        assert callback.selected_names == ["a.weight", "d.weight", "b.weight"]

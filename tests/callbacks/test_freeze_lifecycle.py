@@ -359,7 +359,9 @@ def test_fit_after_a_failed_one_starts_afresh(tmp_path: Path) -> None:
 def test_lightning_cli_yaml_holds_every_plain_argument(tmp_path: Path) -> None:
     arguments = {
         "max_params": 0.25,
-        "criterion": "kappa",
+        "criterion": "reversed:random",
+        "within": "shape",
+        "seed": 3,
         "include": ["*.weight"],
         "exclude": ["embed.*"],
         "always_train": ["head.*"],
@@ -387,6 +389,8 @@ def test_lightning_cli_yaml_holds_every_plain_argument(tmp_path: Path) -> None:
     found = {
         "max_params": freeze.budget.max_params,
         "criterion": freeze.criterion,
+        "within": freeze.within,
+        "seed": freeze.seed,
         "include": list(freeze.include),
         "exclude": list(freeze.exclude),
         "always_train": list(freeze.always_train),

@@ -170,7 +170,7 @@ def test_infinite_kappa_survives_the_checkpoint(tmp_path: Path) -> None:
 def test_other_arguments_on_resume_warn_and_are_ignored(tmp_path: Path) -> None:
     first = KappaFreezeCallback(num_tensors=2)
     fit(tmp_path, TinyNet(), first).save_checkpoint(tmp_path / "one.ckpt")
-    second = KappaFreezeCallback(top_p=1.0, train_vectors=True, exclude=["embed.*"])
+    second = KappaFreezeCallback(top_p=1.0, train_vectors=True, exclude=["embed.*"], within="role", seed=2)
     with pytest.warns(UserWarning, match="resumes with the selection of the checkpoint") as caught:
         fit(tmp_path, TinyNet(), second, ckpt_path=tmp_path / "one.ckpt", max_epochs=2)
     (message,) = [str(w.message) for w in caught if "resumes with the selection" in str(w.message)]
@@ -178,6 +178,8 @@ def test_other_arguments_on_resume_warn_and_are_ignored(tmp_path: Path) -> None:
     assert "num_tensors=None (checkpoint: 2)" in message
     assert "train_vectors=True (checkpoint: False)" in message
     assert "exclude=['embed.*'] (checkpoint: [])" in message
+    assert "within='role' (checkpoint: 'all')" in message
+    assert "seed=2 (checkpoint: 0)" in message
     assert "include" not in message
     assert second.trained_names == first.trained_names
 
