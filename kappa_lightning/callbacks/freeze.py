@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.callbacks.evaluation import batch_limit
+from kappa_lightning.callbacks.plan import Plan
 from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_text
 from kappa_lightning.processes import Processes
@@ -26,7 +26,7 @@ from kappa_lightning.profile.row import EXPERTS
 from kappa_lightning.selection import DEFAULT_TOP_P, Budget, check_ranking, rank, select
 from kappa_lightning.spectra import check_options
 from kappa_lightning.strategies import adapter_for
-from kappa_lightning.tables import Group, ranking_markdown, training_table
+from kappa_lightning.tables import ranking_markdown, training_table
 from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
 
 
@@ -189,7 +189,7 @@ class KappaFreezeCallback(Callback):
             plan = self._plan_of_names(pl_module, self.trained_names, self.selected_names, self.profile)
         else:
             plan = self._plan_from_weights(trainer, pl_module, processes)
-        _require_same(plan, processes)
+        plan.require_same(processes)
 
         if same_module:
             self._thaw()
@@ -209,7 +209,7 @@ class KappaFreezeCallback(Callback):
         self._rewrap = partial(adapter.requires_grad_changed, trainer)
         self._rewrap()
         self._fitting = True
-        self._report(trainer, pl_module)
+        self._report(trainer, pl_module, plan)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -271,7 +271,7 @@ class KappaFreezeCallback(Callback):
             parameter.requires_grad_(True)
         self._frozen_here = []
 
-    def _plan_from_weights(self, trainer: pl.Trainer, module: pl.LightningModule, processes: Processes) -> _Plan:
+    def _plan_from_weights(self, trainer: pl.Trainer, module: pl.LightningModule, processes: Processes) -> Plan:
         trainable = self._trainable(module)
         always = self._always_trained(module, trainable)
         weights = find_weights(module)
@@ -305,7 +305,7 @@ class KappaFreezeCallback(Callback):
                 f"{len(dead)} candidate(s) are all zero, so their κ is infinite and they stay frozen, {dead[0]} first. "
                 "If they are new, such as the B of a LoRA adapter, name them in always_train"
             )
-        return _Plan(trained, selected, profile)
+        return Plan(trained, selected, profile)
 
     def _always_trained(self, module: pl.LightningModule, trainable: set[str]) -> set[str]:
         parameters = plain_parameters(module)
@@ -348,7 +348,7 @@ class KappaFreezeCallback(Callback):
             processes=processes,
         )
 
-    def _plan_from_checkpoint(self, path: str | os.PathLike[str], module: pl.LightningModule) -> _Plan:
+    def _plan_from_checkpoint(self, path: str | os.PathLike[str], module: pl.LightningModule) -> Plan:
         if self._restored is None:  # and its weights are trained
             raise ValueError(
                 f"{path} was saved without KappaFreezeCallback and holds no selection. To go on with that "
@@ -365,7 +365,7 @@ class KappaFreezeCallback(Callback):
 
     def _plan_of_names(
         self, module: pl.LightningModule, trained: Sequence[str], selected: Sequence[str], profile: KappaProfile
-    ) -> _Plan:
+    ) -> Plan:
         parameters, trainable = plain_parameters(module), self._trainable(module)
         for name in trained:
             if name not in parameters:
@@ -380,7 +380,7 @@ class KappaFreezeCallback(Callback):
             if shape != row.shape:
                 found = "missing here" if shape is None else f"{shape} here"
                 raise ValueError(f"the earlier run was of another model: {row.name} is {row.shape} there and {found}")
-        return _Plan(set(trained), list(selected), profile)
+        return Plan(set(trained), list(selected), profile)
 
     def _arguments(self) -> dict[str, Any]:
         return {
@@ -403,42 +403,12 @@ class KappaFreezeCallback(Callback):
         earlier = {id(parameter) for parameter in self._frozen_here} if self._last_module() is module else set()
         return {name for name, p in plain_parameters(module).items() if p.requires_grad or id(p) in earlier}
 
-    def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert self.profile is not None
-        parameters = plain_parameters(module)
-        sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-        weights = find_weights(module)
-        matrices = {name for weight in weights for name in (weight.name, *weight.companions)}
-        made_of = {weight.name: (weight.name, *weight.companions) for weight in weights}
-        chosen = set(self.selected_names)
-        selected = {name for candidate in chosen for name in made_of[candidate]}
-        passed = {name for row in self.profile if row.name not in chosen for name in made_of[row.name]}
-        rest = [name for name in self.trained_names if name not in selected]
-        frozen = [name for name in self.frozen_names if name not in passed]
-        groups = [
-            Group.of("trains: selected by " + self.criterion, selected, sizes, self.profile),
-            Group.of("trains: always_train", [n for n in rest if not self.train_vectors or n in matrices], sizes),
-            Group.of("trains: vectors", [n for n in rest if self.train_vectors and n not in matrices], sizes),
-            Group.of("frozen by " + self.criterion, passed, sizes, self.profile),
-            Group.of("frozen: no candidate", [n for n in frozen if n in matrices], sizes),
-            Group.of("frozen: vectors", [n for n in frozen if n not in matrices], sizes),
-        ]
+    def _report(self, trainer: pl.Trainer, module: pl.LightningModule, plan: Plan) -> None:
         if not trainer.barebones:
+            groups = plan.groups(module, criterion=self.criterion, train_vectors=self.train_vectors)
             rank_zero_info(training_table(groups, title=f"KappaFreezeCallback({self.budget})"))
-        ranking = rank(self.profile, self.criterion, within=self.within, seed=self.seed)
-        log_text(trainer, "kappa/ranking", ranking_markdown(ranking, chosen))
-
-
-def _require_same(plan: _Plan, processes: Processes) -> None:
-    """Make sure that all processes train the same tensors; they would wait for each other's gradients for ever."""
-    plans = processes.gather(sorted(plan.trained))
-    for other, trained in enumerate(plans):
-        if trained != plans[0]:
-            name = min(set(trained) ^ set(plans[0]))
-            raise RuntimeError(
-                f"the processes of rank 0 and {other} do not train the same tensors, {name} first: the module must be "
-                "the same on both, with the same requires_grad"
-            )
+        ranking = rank(plan.profile, self.criterion, within=self.within, seed=self.seed)
+        log_text(trainer, "kappa/ranking", ranking_markdown(ranking, set(plan.selected)))
 
 
 def _saves_on_exception(trainer: pl.Trainer) -> bool:
@@ -448,12 +418,3 @@ def _saves_on_exception(trainer: pl.Trainer) -> bool:
         or (isinstance(callback, ModelCheckpoint) and callback.save_on_exception)
         for callback in callbacks
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What will train, decided before anything is changed."""
-
-    trained: set[str]
-    selected: list[str]
-    profile: KappaProfile
