@@ -1,6 +1,7 @@
 """Fine-tune a network by condition number, and measure what it forgets: callbacks for PyTorch Lightning."""
 
 from kappa_lightning.callbacks import ForgettingEval, KappaFreezeCallback, KappaMonitor
+from kappa_lightning.lora import lora_targets
 from kappa_lightning.probes import AccuracyProbe, PerplexityProbe, Probe, SimilarityProbe
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.spectra import Spectrum, condition_number, spectrum
@@ -16,5 +17,6 @@ __all__ = [
     "SimilarityProbe",
     "Spectrum",
     "condition_number",
+    "lora_targets",
     "spectrum",
 ]
