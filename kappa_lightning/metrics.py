@@ -45,8 +45,7 @@ class TokenPerplexity(Metric):
             logits: shape (batch, tokens, vocabulary), already aligned with the labels they predict.
             labels: shape (batch, tokens), −100 where no token is predicted.
         """
-        # MPS has no float64, which elsewhere keeps a long sum exact.
-        self.nats = self.nats.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+        self.nats = self.nats.to(_sums_in(logits))
         # Part by part, since a vocabulary of 100,000 makes a float32 copy of a batch's logits many gigabytes.
         parts, targets = (torch.split(flat, _TOKENS) for flat in (logits.flatten(0, 1), labels.reshape(-1)))
         for part, target in zip(parts, targets, strict=True):
@@ -71,3 +70,41 @@ class MeanCorrect(MeanMetric):
     """
 
     higher_is_better = True  # type: ignore[assignment]
+
+
+class TokenAgreement(Metric):
+    """exp(−D), with D the mean Kullback–Leibler divergence over all tokens, in nats: 1 is the same distribution.
+
+    Example:
+        >>> import math, torch
+        >>> metric = TokenAgreement()
+        >>> metric.update(torch.tensor([0.0, 2.0]))
+        >>> round(metric.compute().item(), 6) == round(math.exp(-1), 6)
+        True
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor) -> None:
+        """Add the divergence of each token, shape (n,)."""
+        self.nats = self.nats.to(_sums_in(nats))
+        self.nats += nats.to(self.nats.dtype).sum()
+        self.tokens += nats.numel()
+
+    def compute(self) -> Tensor:
+        """The agreement; NaN without a token."""
+        return torch.exp(-self.nats / self.tokens)
+
+
+def _sums_in(tensor: Tensor) -> torch.dtype:
+    """float64 keeps a long sum exact; MPS has none."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

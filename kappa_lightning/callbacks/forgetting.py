@@ -147,6 +147,8 @@ class ForgettingEval(Callback):
             missing = [name for name in self.probes if name not in self.baseline]
             if missing:
                 raise ValueError(_NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=missing[0]))
+            for name, probe in self.probes.items():
+                probe.load_state_dict(self._restored.get("probes", {}).get(name, {}))
         elif trainer.ckpt_path is not None and self._checkpoint_step > 0:
             raise ValueError(
                 _NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=next(iter(self.probes)))
@@ -164,6 +166,9 @@ class ForgettingEval(Callback):
             # Already logged before the interruption; callbacks that monitor a metric have not seen it in this run.
             publish(trainer, _scalars(self.history[-1]))
         else:
+            if not self.baseline:
+                for probe in self.probes.values():
+                    probe.begin_baseline()
             values = self._measure(trainer, pl_module)
             if not self.baseline:
                 if batch_limit(trainer) is None:
@@ -192,7 +197,10 @@ class ForgettingEval(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"baseline": dict(self.baseline), "history": list(self.history)} if self.baseline else {}
+        if not self.baseline:
+            return {}
+        probes = {name: probe.state_dict() for name, probe in self.probes.items()}
+        return {"baseline": dict(self.baseline), "history": list(self.history), "probes": probes}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,82 @@
+"""Where PEFT should put LoRA adapters: on the tensors of low condition number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from kappa_lightning.profile import KappaProfile, KappaRow
+
+_WEIGHT = ".weight"
+_ADAPTABLE = (nn.Linear, nn.Embedding, _ConvNd)
+
+
+def lora_targets(profile: KappaProfile, *, model: nn.Module | None = None, **budget: Any) -> dict[str, Any]:
+    """The targets of PEFT's ``LoraConfig``, so that only the tensors within a budget get an adapter.
+
+    A layer's weight makes its layer one of ``target_modules``; a parameter that belongs to no layer of its own, such
+    as the fused experts of a mixture-of-experts layer, of shape (experts, rows, cols), is one of
+    ``target_parameters``. PEFT also adapts every module whose name ends in a dot and a target. Where that would reach
+    one that was not selected, ``target_modules`` is a regular expression, which PEFT matches in full.
+
+    Args:
+        profile: of the very model that gets the adapters, so that the names are those of its parameters.
+        model: that model; needed only where it has matrices called ``weight`` in layers that PEFT cannot wrap, such
+            as the routers of a mixture of experts, which then become ``target_parameters``.
+        **budget: ``top_p``, ``num_tensors``, ``max_kappa`` or ``max_params``, and ``criterion``, as in
+            :meth:`KappaProfile.select <kappa_lightning.KappaProfile.select>`; the budget counts the tensors that get
+            an adapter and their parameters, not the adapters'.
+
+    Returns:
+        ``target_modules`` and ``target_parameters``, ready for ``LoraConfig(**targets, r=8)``; each may be empty.
+
+    Raises:
+        ValueError: if there is not exactly one budget or it selects nothing, a tensor is not a layer's ``weight`` and
+            has neither two nor three dimensions, or PEFT could not tell a parameter from one that was not selected.
+        KeyError: if ``model`` does not have a tensor of the profile.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.ModuleDict({"up": nn.Linear(2, 8), "down": nn.Linear(8, 2)})
+        >>> profile = KappaProfile.from_model(model, progress=False)
+        >>> lora_targets(profile, top_p=1.0) == {"target_modules": ["down", "up"], "target_parameters": []}
+        True
+    """
+    layers = None if model is None else dict(model.named_modules(remove_duplicate=False))
+    chosen = set(profile.select(**budget))
+    is_layer = {row.name: _is_layers_weight(row, layers) for row in profile}
+    modules = sorted(name.removesuffix(_WEIGHT) for name in chosen if is_layer[name])
+    parameters = sorted(name for name in chosen if not is_layer[name])
+    for name in parameters:
+        shape = profile[name].shape
+        if len(shape) not in (2, 3):
+            raise ValueError(f"PEFT cannot adapt {name} of shape {shape}: profile the model with exclude=[{name!r}]")
+    others = [row.name for row in profile if row.name not in chosen]
+    if reached := _reached(parameters, others):
+        raise ValueError(
+            f"PEFT would also adapt {reached[1]}, whose name ends in .{reached[0]}: profile the model inside a module "
+            "that gives both a longer name, or exclude the shorter one"
+        )
+    not_chosen = [name.removesuffix(_WEIGHT) for name in others]
+    exact = "|".join(map(re.escape, modules)) if _reached(modules, not_chosen) else None
+    return {"target_modules": exact or modules, "target_parameters": parameters}
+
+
+def _is_layers_weight(row: KappaRow, layers: Mapping[str, nn.Module] | None) -> bool:
+    if not row.name.endswith(_WEIGHT):
+        return False
+    if layers is None:
+        return row.kappas is None
+    layer = layers.get(row.name.removesuffix(_WEIGHT))
+    if layer is None:
+        raise KeyError(f"the model has no {row.name}: it is not the one that was profiled")
+    return isinstance(layer, _ADAPTABLE)
+
+
+def _reached(targets: Sequence[str], others: Sequence[str]) -> tuple[str, str] | None:
+    """The first target that PEFT would also find in the name of something else, and that."""
+    return next(((target, other) for target in targets for other in others if other.endswith(f".{target}")), None)

@@ -1,0 +1,49 @@
+"""Accuracy of a classifier as a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kappa_lightning.metrics import IGNORED, MeanCorrect
+from kappa_lightning.probes.logits import class_logits
+from kappa_lightning.probes.probe import Probe, Step
+
+
+class AccuracyProbe(Probe):
+    """Share of samples whose class has the highest logit.
+
+    A batch is ``(inputs, labels)``, or a mapping with ``labels`` and the keyword arguments of the module's forward.
+    Labels of −100 do not count.
+
+    Args:
+        dataloader: the batches.
+        logits: ``logits(module, batch)`` returns shape (..., classes) for labels of shape (...); by default
+            ``module(inputs)`` or its attribute ``logits``.
+
+    Example:
+        >>> import torch
+        >>> batch = (torch.eye(3), torch.tensor([0, 1, 1]))
+        >>> probe = AccuracyProbe([batch])
+        >>> probe.update(torch.nn.Identity(), batch)
+        >>> round(probe.compute(), 4)
+        0.6667
+    """
+
+    def __init__(self, dataloader: Iterable[Any], logits: Step | None = None) -> None:
+        self._logits = logits or class_logits
+        super().__init__(dataloader, MeanCorrect(), self._correct, name="accuracy")
+
+    def _correct(self, module: nn.Module, batch: Any) -> Tensor:
+        labels: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+        scores: Tensor = self._logits(module, batch)
+        if scores.shape[:-1] != labels.shape or labels.is_floating_point():
+            raise ValueError(
+                f"AccuracyProbe needs class numbers of shape {tuple(scores.shape[:-1])} for logits of shape "
+                f"{tuple(scores.shape)}, and the labels are {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        correct = scores.argmax(-1) == labels
+        return torch.as_tensor(correct)[labels != IGNORED].float()
