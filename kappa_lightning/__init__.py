@@ -1,10 +1,34 @@
 """Fine-tune a network by condition number, and measure what it forgets: callbacks for PyTorch Lightning."""
 
-from kappa_lightning.callbacks import ForgettingEval, KappaFreezeCallback, KappaMonitor
-from kappa_lightning.lora import lora_targets
-from kappa_lightning.probes import AccuracyProbe, AgreementProbe, PerplexityProbe, Probe, SimilarityProbe
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.spectra import Spectrum, condition_number, spectrum
+
+if TYPE_CHECKING:
+    from kappa_lightning.callbacks import ForgettingEval, KappaFreezeCallback, KappaMonitor
+    from kappa_lightning.lora import lora_targets
+    from kappa_lightning.probes import AccuracyProbe, AgreementProbe, PerplexityProbe, Probe, SimilarityProbe
+else:
+    # Lightning and torchmetrics take seconds to import, and the command and the condition numbers do without them.
+    _ROOMS = {
+        "kappa_lightning.callbacks": ("ForgettingEval", "KappaFreezeCallback", "KappaMonitor"),
+        "kappa_lightning.lora": ("lora_targets",),
+        "kappa_lightning.probes": ("AccuracyProbe", "AgreementProbe", "PerplexityProbe", "Probe", "SimilarityProbe"),
+    }
+
+    def __getattr__(name):
+        for room, names in _ROOMS.items():
+            if name in names:
+                value = getattr(import_module(room), name)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "AccuracyProbe",

@@ -14,7 +14,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from kappa_lightning import KappaProfile
 
@@ -352,6 +352,80 @@ def test_damaged_index_is_an_error_that_names_it(content, tmp_path):
     with pytest.raises(ValueError) as caught:
         profile_of(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_tensor_that_its_shard_lacks_is_an_error_that_names_both(tmp_path, decomposed):
+    write_shards(Net(), tmp_path)
+    shard = sorted(tmp_path.glob("*.safetensors"))[-1]
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"]["late.weight"] = shard.name
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"{shard.name} lacks late\.weight, which .*index\.json"):
+        profile_of(tmp_path)
+    assert not decomposed
+
+
+def test_missing_shard_is_named_with_a_tensor_that_it_should_hold(tmp_path):
+    write_shards(Net(), tmp_path)
+    weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    shard = sorted(tmp_path.glob("*.safetensors"))[0]
+    shard.unlink()
+    first = next(name for name, place in weight_map.items() if place == shard.name)
+    with pytest.raises(FileNotFoundError, match=rf"{shard.name} for {first}\b"):
+        profile_of(tmp_path)
+
+
+class Rotary(pl.LightningModule):
+    """A weight, and two buffers of which one is in the checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.register_buffer("cache", torch.randn(8, 3))
+        self.register_buffer("scratch", torch.randn(8, 3), persistent=False)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_buffer_of_a_checkpoint_has_a_row_and_the_check_passes_over_it(write, tmp_path):
+    net = Rotary()
+    profile = profile_of(write(net, tmp_path))
+    assert set(rows_of(profile)) == {"layer.weight", "cache"}
+    profile.check(net)
+    net.cache.mul_(2)  # no weight: what it holds now is no concern
+    profile.check(net)
+    with torch.no_grad():
+        net.layer.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"content of layer\.weight differs"):
+        profile.check(net)
+
+
+def test_row_of_a_buffer_that_the_module_lacks_or_has_in_another_shape_is_refused(tmp_path):
+    net = Rotary()
+    profile = profile_of(write_safetensors(net, tmp_path))
+    net.cache = torch.randn(9, 3)
+    with pytest.raises(ValueError, match="cache, which this model has not"):
+        profile.check(net)
+    del net.cache
+    with pytest.raises(ValueError, match="cache, which this model has not"):
+        profile.check(net)
+
+
+def test_buffer_can_be_left_out_by_name(tmp_path):
+    profile = profile_of(write_safetensors(Rotary(), tmp_path), exclude=["cache"])
+    assert set(rows_of(profile)) == {"layer.weight"}
+
+
+def test_experts_that_transformers_stores_one_by_one_and_fuses_are_refused_with_the_reason(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=20, num_hidden_layers=1, num_local_experts=2, **sizes)
+    mixtral = MixtralForCausalLM(config)
+    mixtral.save_pretrained(tmp_path)
+    profile = profile_of(tmp_path)
+    reason = r"one by one \(.*experts\.0\.w1\.weight\).*fused \(.*experts\.gate_up_proj\).*from_model"
+    with pytest.raises(ValueError, match=reason):
+        profile.check(mixtral)
+    with pytest.raises(ValueError, match=reason):
+        profile.renamed_for(["model.layers.0.mlp.experts.gate_up_proj"])
 
 
 def test_index_that_is_no_text_is_an_error_that_names_it(tmp_path):

@@ -121,6 +121,36 @@ def test_import_loads_no_library_that_only_some_users_have():
     assert not {"transformers", "sklearn", "matplotlib", "peft", "safetensors", "scipy", "bitsandbytes"} & set(loaded)
 
 
+@pytest.mark.parametrize(
+    "statement", ["from kappa_lightning import KappaProfile, spectrum, condition_number", "import kappa_lightning.cli"]
+)
+def test_condition_numbers_and_the_command_load_no_lightning(statement):
+    code = f"import sys\n{statement}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "kappa_lightning" in loaded
+    assert not {"lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "transformers"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    "statement", ["from kappa_lightning import *", f"from kappa_lightning import {', '.join(NAMES)}"]
+)
+def test_every_name_can_be_imported_first_and_with_a_star(statement):
+    code = f"{statement}\nprint(*sorted(name for name in dir() if name[0] != '_'))"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert names == sorted(NAMES)
+
+
+def test_dir_lists_what_is_not_loaded_yet():
+    code = "import kappa_lightning\nprint(*dir(kappa_lightning))"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(NAMES) <= set(names)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'kappa_lightning' has no attribute 'KappaFreeze'"):
+        kappa_lightning.KappaFreeze  # noqa: B018
+
+
 def sources():
     return {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 

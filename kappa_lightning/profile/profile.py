@@ -19,6 +19,7 @@ from kappa_lightning.profile.compute import compute_rows
 from kappa_lightning.profile.dealing import Watch, compute_dealt
 from kappa_lightning.profile.file import read_profile_file, write_profile_file
 from kappa_lightning.profile.journal import Journal
+from kappa_lightning.profile.mismatch import fused_experts
 from kappa_lightning.profile.row import EXPERTS, KappaRow
 from kappa_lightning.selection import Budget, select
 from kappa_lightning.weights import (
@@ -29,6 +30,7 @@ from kappa_lightning.weights import (
     plain_parameters,
     tied_names,
 )
+from kappa_lightning.weights.names import plain_name
 
 
 class KappaProfile:
@@ -120,6 +122,11 @@ class KappaProfile:
         save_to: str | os.PathLike[str] | None = None,
     ) -> KappaProfile:
         """Decompose the matrices of a checkpoint, read from disk one tensor at a time.
+
+        A checkpoint does not tell a buffer from a weight: one of floats in two or more dimensions, such as a cache of
+        positions or a mask, has a row, which counts in a budget unless ``exclude`` names it and which :meth:`check`
+        passes over. transformers 5 stores the experts of a MoE layer one by one and fuses them when it loads them, so
+        their rows are not those of the model, and :meth:`check` says so; for such a model use :meth:`from_model`.
 
         Args:
             path: a ``.safetensors`` file, a folder with one or with an index and its shards, a Lightning ``.ckpt`` or
@@ -265,21 +272,30 @@ class KappaProfile:
                 return KappaProfile(rows, solver=self.solver, rtol=self.rtol, experts=self.experts)
         missing = next(name for name in names if name not in self)
         raise ValueError(
-            f"the profile has no row for {missing}: it is another model's, or was computed with other patterns"
+            fused_experts(self._rows, [missing])
+            or f"the profile has no row for {missing}: it is another model's, or was computed with other patterns"
         )
 
     def check(self, module: nn.Module) -> None:
         """Make sure that this is the profile of a module's present weights.
+
+        The rows of a checkpoint's buffers are passed over where the module has a buffer of that name and shape.
 
         Raises:
             ValueError: if a tensor of the profile is missing from the module or its content is another; the message
                 names the first.
         """
         weights = {weight.name: weight for weight in find_weights(module)}
+        buffers = {plain_name(name): tuple(buffer.shape) for name, buffer in module.named_buffers()}
         for row in self:
             weight = weights.get(row.name)
+            if weight is None and buffers.get(row.name) == row.shape:
+                continue
             if weight is None:
-                raise ValueError(f"the profile is another model's: it has {row.name}, which this model has not")
+                raise ValueError(
+                    fused_experts([row.name], weights)
+                    or f"the profile is another model's: it has {row.name}, which this model has not"
+                )
             shape, dtype = weight.shape, str(weight.dtype).removeprefix("torch.")
             if (shape, dtype) != (row.shape, row.dtype):
                 raise ValueError(

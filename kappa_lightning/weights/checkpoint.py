@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ def checkpoint_weights(path: str | os.PathLike[str]) -> list[Weight]:
 
     Raises:
         FileNotFoundError: if there is no such file and no such model in the cache, or a shard is missing.
-        ValueError: if the file is corrupt, of an unknown kind, holds no matrix, or holds quantised weights.
+        ValueError: if the file is corrupt, of an unknown kind, holds no matrix, or holds quantised weights, or a shard
+            lacks a tensor that the index places there.
     """
     source = Path(path)
     if source.is_dir():
@@ -52,15 +53,20 @@ def _from_folder(folder: Path) -> Iterator[Weight]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            shards = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            places = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of safetensors shards, or a damaged one: {error!r}") from error
-        for shard in shards:
+        shards: dict[str, list[str]] = {}
+        for name, shard in places:
             if not isinstance(shard, str):
-                raise ValueError(f"{index} is a damaged index: it names {shard!r} as a shard")
+                raise ValueError(f"{index} is a damaged index: it names {shard!r} as the shard of {name}")
+            shards.setdefault(shard, []).append(name)
+        for shard, names in shards.items():
             if not (folder / shard).is_file():
-                raise FileNotFoundError(f"{index} names the shard {shard}, which is not there: download it again")
-            yield from _from_safetensors(folder / shard)
+                raise FileNotFoundError(
+                    f"{index} names the shard {shard} for {names[0]}, which is not there: download it again"
+                )
+            yield from _from_safetensors(folder / shard, expected=names)
     elif (folder / _SINGLE).is_file():
         yield from _from_safetensors(folder / _SINGLE)
     else:
@@ -71,7 +77,7 @@ def _from_file(file: Path) -> Iterator[Weight]:
     return _from_safetensors(file) if file.suffix == ".safetensors" else _from_pickle(file)
 
 
-def _from_safetensors(file: Path) -> Iterator[Weight]:
+def _from_safetensors(file: Path, expected: Sequence[str] = ()) -> Iterator[Weight]:
     from safetensors import SafetensorError, safe_open
 
     def read(name: str) -> Tensor:
@@ -85,6 +91,12 @@ def _from_safetensors(file: Path) -> Iterator[Weight]:
     except SafetensorError as error:
         raise ValueError(f"{file} is corrupt or truncated ({error}): download it again") from error
     names = set(slices)
+    for name in expected:
+        if name not in names:
+            raise ValueError(
+                f"{file} lacks {name}, which {_INDEX} beside it places there: one of the two is damaged or of another "
+                "model, so download both again"
+            )
     for name, shape, dtype in described:
         yield from _weight(file, name, shape, dtype, partial(read, name), names)
 
