@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.callbacks.evaluation import batch_limit, evaluate
+from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.reporting import log_scalars, publish
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
@@ -46,9 +47,12 @@ class ForgettingEval(Callback):
     An evaluation runs in eval mode, without gradients and under the Trainer's precision, and leaves modes, random
     number generators, gradients and BatchNorm statistics as they were. Where the epoch ends with a validation loop it
     runs with it, so that a checkpoint saved there sees the new figures; a run that validates by steps instead of by
-    epochs (``check_val_every_n_epoch=None``) is evaluated with every validation. The baseline survives a resume and a
-    second fit of the same module, and is never measured on trained weights. With ``fast_dev_run`` each probe reads as
-    many batches as the other loops, and its figures are not judged.
+    epochs (``check_val_every_n_epoch=None``) is evaluated with every validation. Beside ``WeightAveraging``, and with a
+    validation loop, it measures the averaged weights, which are those that a checkpoint holds. Several processes share
+    the batches, each of which counts once.
+
+    The baseline survives a resume and a second fit of the same module, and is never measured on trained weights. With
+    ``fast_dev_run`` each probe reads as many batches as the other loops, and its figures are not judged.
 
     Args:
         probes: the probes by name, which appears in the tags.
@@ -127,6 +131,8 @@ class ForgettingEval(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
+            # Whose averaged weights are in the module while validation runs, up to its own on_validation_epoch_end.
+            move_before(trainer, self, WeightAveraging)
 
     @override
     def on_load_checkpoint(
@@ -139,6 +145,13 @@ class ForgettingEval(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._warn_of_stale_monitors(trainer)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averaging = next((other for other in callbacks if isinstance(other, WeightAveraging)), None)
+        if averaging is not None and not trainer.enable_validation:
+            rank_zero_warn(
+                f"ForgettingEval measures the weights that train, and {type(averaging).__name__} saves their averages: "
+                "with a validation loop, during which the averages are in the module, those are measured"
+            )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.callbacks.evaluation import batch_limit
+from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.plan import Plan
 from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_text
@@ -161,12 +162,7 @@ class KappaFreezeCallback(Callback):
         if stage != "fit":
             return
         adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        here = callbacks.index(self)
-        summary = next((at for at, other in enumerate(callbacks[:here]) if isinstance(other, ModelSummary)), None)
-        if summary is not None:
-            # Those in between have had their turn in this hook, so the loop over the list skips and repeats none.
-            callbacks.insert(summary, callbacks.pop(here))
+        move_before(trainer, self, ModelSummary)
 
     @override
     def on_load_checkpoint(

@@ -135,6 +135,37 @@ def test_second_fit_goes_on_with_the_same_tensors(tmp_path: Path) -> None:
         assert result["first"] == result["second"] == result["moved"] == result["requires_grad"]
 
 
+class Manual(Net):
+    """Takes its optimizer steps itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+def two_manual_fits(root: Path) -> dict[str, torch.Tensor]:
+    module, strategy = Manual(), DDPStrategy(static_graph=True)
+    trainer = make_trainer(
+        root, KappaFreezeCallback(num_tensors=2), strategy=strategy, devices=2, use_distributed_sampler=False
+    )
+    trainer.fit(module)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module)
+    return snapshot(module)
+
+
+def test_first_reduction_of_every_fit_takes_place_with_a_static_graph_and_manual_optimization(tmp_path: Path) -> None:
+    """The processes would drift apart from a step whose gradients were not reduced."""
+    one, other = on_ranks(two_manual_fits, tmp_path)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def modules_that_differ(root: Path) -> None:
     freeze = KappaFreezeCallback(num_tensors=1, always_train=["head.bias"] if os.environ["RANK"] == "0" else [])
     make_trainer(root, freeze, strategy="ddp", devices=2).fit(Net())
