@@ -1,0 +1,110 @@
+"""All runs of a comparison: first those that choose each method's learning rate, then those that are reported."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from recipes.compare.run import Plan, Run, execute
+from recipes.compare.settings import Settings
+from recipes.compare.statistics import loss_level, retention_at
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The finished runs.
+
+    Attributes:
+        tuning: those with the tuning seed.
+        runs: those of each method at its chosen learning rate, by seed.
+    """
+
+    tuning: dict[str, list[Run]]
+    runs: dict[str, dict[int, Run]]
+
+
+def sweep(settings: Settings, folder: Path, *, workers: int = 1, only_report: bool = False) -> Sweep:
+    """Run what is not in the folder yet.
+
+    Args:
+        settings: what is compared.
+        folder: where each run is kept as soon as it is finished. An interrupted comparison goes on from there.
+        workers: processes, each with one thread; 1 runs everything in this one, with as many threads as it has.
+        only_report: take what is there and run nothing. A method without a tuning run is left out.
+
+    Raises:
+        ValueError: if the folder has runs of other settings, or, with ``only_report``, none of ``full``.
+    """
+    asked = [plan for method in settings.methods for plan in settings.plans(method, settings.tuning_seed)]
+    done = _run(asked, folder, workers, only_report)
+    tuning = {method: [run for run in done if run.plan.method == method] for method in settings.methods}
+    if not tuning["full"]:
+        raise ValueError(f"{folder} has no run of 'full' with the tuning seed: there is nothing to report")
+    chosen = {method: choose(runs, tuning["full"], settings.level) for method, runs in tuning.items() if runs}
+    # Seed by seed, so that an interrupted comparison has whole pairs.
+    asked = [replace(plan, seed=seed) for seed in settings.seeds for plan in chosen.values()]
+    runs: dict[str, dict[int, Run]] = {method: {} for method in chosen}
+    for run in _run(asked, folder, workers, only_report):
+        runs[run.plan.method][run.plan.seed] = run
+    return Sweep(tuning, runs)
+
+
+def choose(runs: Sequence[Run], full: Sequence[Run], level: float) -> Plan:
+    """The plan whose run retains most where the loss reaches the level; of those that never do, the lowest loss.
+
+    Args:
+        runs: a method's, with one seed.
+        full: those of full fine-tuning with the same seed; the level is that of the lowest loss among them.
+        level: a share of that adaptation.
+    """
+    loss = loss_level(min((run.path for run in full), key=lambda path: min(point[0] for point in path)), level)
+
+    def merit(run: Run) -> tuple[float, float]:
+        retention = retention_at(run.path, loss)
+        return (-math.inf if math.isnan(retention) else retention), -min(point[0] for point in run.path)
+
+    return max(runs, key=merit).plan
+
+
+def _run(plans: Sequence[Plan], folder: Path, workers: int, only_report: bool) -> list[Run]:
+    """The runs of the plans, in their order, those that are missing executed first."""
+    missing = [plan for plan in plans if Run.load(plan, folder) is None]
+    if not only_report:
+        console = Console(stderr=True)
+        for finished, run in enumerate(_executed(missing, folder, workers), start=1):
+            loss, retention = run.path[-1]
+            console.print(
+                f"{finished}/{len(missing)} {run.plan.method}, lr {run.plan.lr:g}, seed {run.plan.seed}: "
+                f"loss {loss:.4g}, retention {retention:.3f}, {run.seconds:.0f} s",
+                highlight=False,
+            )
+    found = (Run.load(plan, folder) for plan in plans)
+    return [run for run in found if run is not None]
+
+
+def _executed(plans: Sequence[Plan], folder: Path, workers: int) -> Iterator[Run]:
+    if workers == 1:
+        yield from (_execute_and_save(plan, folder) for plan in plans)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(_execute_and_save, plan, folder) for plan in plans]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _execute_and_save(plan: Plan, folder: Path) -> Run:
+    run = execute(plan, folder)
+    run.save(folder)
+    return run
