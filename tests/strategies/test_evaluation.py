@@ -13,6 +13,7 @@ from script import STRATEGIES, Mean, Net, adapt, data
 from tiny import events, make_trainer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAUROC
 
 from kappa_lightning import AccuracyProbe, ForgettingEval, Probe
@@ -90,11 +91,12 @@ def test_sampler_that_shares_out_samples_itself_is_refused() -> None:
 def evaluate_with(name: str, root: Path, make_probe: Any) -> Any:
     """Retention of one probe before the first step, and what else the probe tells."""
     devices, make = STRATEGIES[name]
+    module = Net()  # which seeds the random numbers that a probe may leave different
     forgetting = ForgettingEval({"old": make_probe()})
     trainer = make_trainer(
         root, forgetting, strategy=make(), devices=devices, use_distributed_sampler=False, max_epochs=1
     )
-    trainer.fit(Net())
+    trainer.fit(module)
     return [record[f"forgetting/old/{forgetting.probes['old'].name}"] for record in forgetting.history]
 
 
@@ -131,8 +133,23 @@ def listed() -> Probe:
     )
 
 
+def summed() -> Probe:
+    """A sum, in which what two processes have both seen would count twice."""
+    return Probe(DataLoader(data(), batch_size=5), Sum(), lambda module, batch: module.loss(batch))
+
+
+def summed_single() -> Probe:
+    return Probe([data()[:]], Sum(), lambda module, batch: module.loss(batch))
+
+
+class Sum(SumMetric):
+    """Of losses."""
+
+    higher_is_better = False
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "tp"])
-@pytest.mark.parametrize("probe", [shuffled, streamed, single, listed])
+@pytest.mark.parametrize("probe", [shuffled, streamed, single, listed, summed, summed_single])
 def test_figures_are_those_of_one_process(tmp_path: Path, name: str, probe: Any) -> None:
     (one,) = on_ranks(evaluate_with, "one", tmp_path, probe, ranks=1)
     many = on_ranks(evaluate_with, name, tmp_path, probe)

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.model_summary import summarize
 from ranks import on_ranks
-from script import STRATEGIES, Net, probes
-from tiny import Spy, make_trainer, numpy_ranking, trainable
+from script import STRATEGIES, Net, data, probes
+from tiny import Spy, make_trainer, numpy_kappa, numpy_ranking, trainable
 from torch.distributed.tensor import DTensor
 
 import kappa_lightning.weights.model
@@ -57,7 +57,8 @@ def look(name: str, root: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     def at_first_batch(trainer: Any, module: Any) -> None:
-        seen["sharded"] = all(isinstance(parameter, DTensor) for parameter in module.parameters())
+        # At the first one, before a backward pass could have freed what the evaluation gathered.
+        seen.setdefault("sharded", all(isinstance(parameter, DTensor) for parameter in module.parameters()))
 
     def after_backward(trainer: Any, module: Any) -> None:
         seen["gradients"] = [key for key, parameter in module.named_parameters() if parameter.grad is not None]
@@ -84,6 +85,25 @@ def test_profile_of_a_sharded_module_without_a_trainer_is_that_of_the_whole_one(
     expected = {row.name: row.to_dict() for row in KappaProfile.from_model(Net(), progress=False)}
     for seen in on_ranks(look, "fsdp2", tmp_path):
         assert {row["name"]: row for row in seen["profile"]} == {name: expected[name] for name in frozen}
+
+
+def watch_after_a_forward_pass(root: Path) -> tuple[list[float], list[float]]:
+    """Lightning's sanity check leaves the root's parameters whole, in memory that is freed when training begins."""
+
+    def predict(trainer: Any, module: Any) -> None:
+        with torch.no_grad():
+            module(data()[:][0])
+
+    monitor = KappaMonitor(tensors=["head.weight"])
+    trainer, module = fit("fsdp2", root, Spy(on_train_start=predict), monitor)
+    kappas = [record["kappa"]["head.weight"] for record in monitor.history]
+    return kappas, [numpy_kappa(Net().head.weight), numpy_kappa(whole(module.head.weight))]
+
+
+def test_figures_are_of_the_weights_that_train_although_a_forward_pass_had_gathered_them(tmp_path: Path) -> None:
+    for kappas, expected in on_ranks(watch_after_a_forward_pass, tmp_path):
+        assert kappas == pytest.approx(expected, rel=1e-3)
+        assert kappas[0] != kappas[1]
 
 
 def two_fits(name: str, root: Path) -> dict[str, Any]:
