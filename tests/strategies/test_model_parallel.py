@@ -95,7 +95,7 @@ def watch_after_a_forward_pass(root: Path) -> tuple[list[float], list[float]]:
             module(data()[:][0])
 
     monitor = KappaMonitor(tensors=["head.weight"])
-    trainer, module = fit("fsdp2", root, Spy(on_train_start=predict), monitor)
+    _, module = fit("fsdp2", root, Spy(on_train_start=predict), monitor)
     kappas = [record["kappa"]["head.weight"] for record in monitor.history]
     return kappas, [numpy_kappa(Net().head.weight), numpy_kappa(whole(module.head.weight))]
 
