@@ -13,7 +13,7 @@ from script import STRATEGIES, Mean, Net, adapt, data
 from tiny import events, make_trainer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
-from torchmetrics import SumMetric
+from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAUROC
 
 from kappa_lightning import AccuracyProbe, ForgettingEval, Probe
@@ -154,6 +154,26 @@ def test_figures_are_those_of_one_process(tmp_path: Path, name: str, probe: Any)
     (one,) = on_ranks(evaluate_with, "one", tmp_path, probe, ranks=1)
     many = on_ranks(evaluate_with, name, tmp_path, probe)
     assert many[0] == many[1] == pytest.approx(one, rel=1e-6)
+
+
+class Rounding(MeanMetric):
+    """As if the processes ran on different hardware."""
+
+    higher_is_better = True
+
+    def compute(self) -> torch.Tensor:
+        return super().compute() + 1e-6 * int(os.environ["RANK"])
+
+
+def rounding() -> Probe:
+    return Probe(DataLoader(data(), batch_size=5), Rounding(), lambda module, batch: module.loss(batch))
+
+
+@pytest.mark.parametrize("name", ["ddp", "tp"])
+def test_all_processes_see_the_same_figures_although_their_arithmetic_differs(tmp_path: Path, name: str) -> None:
+    """Or one of them would stop at a limit that the others are above."""
+    one, other = on_ranks(evaluate_with, name, tmp_path, rounding)
+    assert one == other
 
 
 def count_forwards(name: str, root: Path) -> list[int]:
