@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -13,8 +12,7 @@ from torch import Tensor
 from kappa_lightning.metrics import IGNORED
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """One thing to learn or to be asked: a prompt, its answer, and the image that it is about, if any."""
 
     prompt: str
