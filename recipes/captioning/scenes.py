@@ -31,7 +31,7 @@ COLOURS = {
 }
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 COUNTS = ("one", "two", "three")
-RELATIONS = ("left of", "above")
+HALVES = (("left", "right"), ("above", "below"))
 
 Kind = tuple[str, str]
 KINDS: list[Kind] = list(product(COLOURS, PLURALS))
@@ -55,10 +55,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Two groups, the first to the left of the second or above it."""
+    """Two groups, one in each half of the picture.
 
+    Attributes:
+        halves: how the picture is halved: ``("left", "right")`` or ``("above", "below")``.
+        first: what is in the first half.
+        second: what is in the second half.
+    """
+
+    halves: tuple[str, str]
     first: Group
-    relation: str
     second: Group
 
     @property
@@ -66,27 +72,27 @@ class Scene:
         """The one right description.
 
         Example:
-            >>> Scene(Group(2, "red", "circle"), "left of", Group(1, "blue", "cross")).caption
-            'two red circles left of one blue cross'
+            >>> Scene(("left", "right"), Group(2, "red", "circle"), Group(1, "blue", "cross")).caption
+            'left two red circles right one blue cross'
         """
-        return f"{self.first} {self.relation} {self.second}"
+        return f"{self.halves[0]} {self.first} {self.halves[1]} {self.second}"
 
     def draw(self, rng: random.Random) -> Image.Image:
         """A picture of it, with sizes and places that vary."""
         canvas = _Canvas()
-        near = rng.randrange(CELLS - 1)
-        lines = (near, rng.randrange(near + 1, CELLS))
-        for group, line, places in zip((self.first, self.second), lines, self._places(rng), strict=True):
-            for place in places:
-                column, row = (line, place) if self.relation == "left of" else (place, line)
+        for group, places in zip((self.first, self.second), self._places(rng), strict=True):
+            for across, along in places:
+                column, row = (across, along) if self.halves == HALVES[0] else (along, across)
                 canvas.add(group.shape, group.colour, column, row, rng)
         return canvas.picture()
 
-    def _places(self, rng: random.Random) -> tuple[list[int], list[int]]:
-        """Where along their lines the shapes of both groups are; never such that the other relation holds as well."""
+    def _places(self, rng: random.Random) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Cells of both groups; never such that the picture halved the other way would part them as well."""
+        half, lines = CELLS // 2, range(CELLS)
         while True:
-            first, second = (sorted(rng.sample(range(CELLS), group.count)) for group in (self.first, self.second))
-            if first[0] <= second[-1] and second[0] <= first[-1]:
+            first = rng.sample(list(product(range(half), lines)), self.first.count)
+            second = rng.sample(list(product(range(half, CELLS), lines)), self.second.count)
+            if {along < half for _, along in first} & {along < half for _, along in second}:
                 return first, second
 
 
@@ -148,7 +154,7 @@ def random_scene(rng: random.Random, *, unseen: bool) -> Scene:
     """A scene of a combination of two colours and two shapes that is kept for the test, or of any other one."""
     kinds = rng.choice(_COMBINATIONS[unseen])
     first, second = (Group(rng.randint(1, len(COUNTS)), colour, shape) for colour, shape in kinds)
-    return Scene(first, rng.choice(RELATIONS), second)
+    return Scene(rng.choice(HALVES), first, second)
 
 
 def _split_combinations() -> dict[bool, list[tuple[Kind, Kind]]]:
@@ -169,7 +175,7 @@ _COMBINATIONS = _split_combinations()
 def words() -> list[str]:
     """Texts with every word that captions, questions and answers use."""
     groups = [str(Group(count, colour, shape)) for count in (1, 2, 3) for colour, shape in KINDS]
-    return [*groups, *RELATIONS, DESCRIBE, *QUESTIONS.values()]
+    return [*groups, *(word for halves in HALVES for word in halves), DESCRIBE, *QUESTIONS.values()]
 
 
 class _Canvas:
