@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_torchvision_available
 
-from recipes.captioning.scenes import CELL, KINDS, QUESTIONS, SIZE, random_clutter, random_single, words
+from recipes.captioning.scenes import CELL, COLOURS, COUNTS, PLURALS, SIZE, random_clutter, random_question, words
 from recipes.generative.encoding import Encoder, Sample
 from recipes.generative.pretraining import Schooling, cached, school, settings_of
 from recipes.generative.small_llama import language_config
@@ -42,16 +42,16 @@ TEMPLATE = (
 )
 
 
-EYE_STEPS = 150
+EYE_STEPS = 250
 EYE_BATCH = 32
-SCHOOLING = Schooling(steps=550, facts=64, samples=8, lr=3e-3)
+SCHOOLING = Schooling(steps=450, facts=80, samples=24, lr=3e-3)
 
 
 def small_llava(cache: Path, schooling: Schooling = SCHOOLING, eye_steps: int = EYE_STEPS) -> Path:
     """The folder of the pretrained small LLaVA; it is trained the first time, for a minute or two.
 
     Its vision tower first learns to tell what each part of a picture shows. Then the whole learns the facts of the
-    text world, and to name the colour or the form of a single shape.
+    text world, and to answer questions about pictures with a single group of shapes.
 
     Args:
         cache: where it is kept.
@@ -73,25 +73,28 @@ def small_llava(cache: Path, schooling: Schooling = SCHOOLING, eye_steps: int = 
 
 
 def open_eyes(vision_tower: nn.Module, processor: Any, steps: int, seed: int) -> None:
-    """Teach a vision tower to name what each of its patches shows, by a linear layer that is thrown away."""
+    """Teach a vision tower to tell what is in the corner of each patch, by linear layers that are thrown away."""
     rng = random.Random(seed)
-    head = nn.Linear(VISION_WIDTH, 1 + len(KINDS))
-    optimizer = torch.optim.AdamW([*vision_tower.parameters(), *head.parameters()], lr=2e-3)
+    heads = nn.ModuleList(nn.Linear(VISION_WIDTH, 1 + len(names)) for names in (COLOURS, PLURALS, COUNTS))
+    optimizer = torch.optim.AdamW([*vision_tower.parameters(), *heads.parameters()], lr=2e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.1)
     vision_tower.train()
     for _ in tqdm(range(steps), desc="Pretraining its eyes", unit="step", dynamic_ncols=True):
         clutter = [random_clutter(rng) for _ in range(EYE_BATCH)]
         pictures = processor.image_processor([one.draw(rng) for one in clutter], return_tensors="pt")
-        logits = head(vision_tower(pictures["pixel_values"]).last_hidden_state)
-        loss = functional.cross_entropy(logits.flatten(0, 1), torch.tensor([one.labels for one in clutter]).flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        seen = vision_tower(pictures["pixel_values"]).last_hidden_state.flatten(0, 1)
+        labels = torch.tensor([one.labels for one in clutter]).flatten(0, 1)
+        losses = [functional.cross_entropy(head(seen), labels[:, part]) for part, head in enumerate(heads)]
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
 
 
 def draw_question(rng: random.Random) -> Sample:
-    """A question about a picture of one shape: the old vision task."""
-    single = random_single(rng)
-    return Sample(QUESTIONS[single.question], single.answer, single.draw(rng))
+    """A question about a picture of one group: the old vision task."""
+    question = random_question(rng)
+    return Sample(question.text, question.answer, question.picture.draw(rng))
 
 
 def build_processor() -> LlavaProcessor:

@@ -1,4 +1,4 @@
-"""A Llama of two million parameters that knows the text world."""
+"""A Llama of a million parameters that knows the text world."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from recipes.generative.world import facts, word_tokenizer
 
 
 def language_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """Five layers for the words of a tokenizer."""
+    """Four layers for the words of a tokenizer."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=5,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
         max_position_embeddings=128,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

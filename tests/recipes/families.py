@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -28,10 +29,15 @@ from transformers import (
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.utils.import_utils import is_torchvision_available
 
+from recipes.captioning.data import CaptionData
+
 FAMILIES = ("llava", "idefics3", "paligemma")
 PROJECTORS = {"llava": "multi_modal_projector", "idefics3": "connector", "paligemma": "multi_modal_projector"}
 
-WORDS = "a red blue cat dog sits runs what is this ? . USER: ASSISTANT: User: Assistant:".split()
+WORDS = [
+    *("a", "red", "blue", "cat", "dog", "sits", "runs", "what", "is", "this", "?", "."),
+    *("USER:", "ASSISTANT:", "User:", "Assistant:"),
+]
 
 # Those of llava-hf/llava-1.5-7b-hf (without its generation tags) and of HuggingFaceTB/SmolVLM-256M-Instruct.
 LLAVA_TEMPLATE = (
@@ -65,9 +71,7 @@ def tokenizer_of(special, *, bos, eos, first=False, **named):
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     if first:
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
-        )
+        tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token=bos, eos_token=eos,
         additional_special_tokens=list(special), **named,
@@ -111,12 +115,16 @@ def _idefics3():
     special += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     tokenizer = tokenizer_of(special, bos="<|im_start|>", eos="<end_of_utterance>")
     images = image_processor(
-        "Idefics3ImageProcessor", size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=True
+        "Idefics3ImageProcessor",
+        size={"longest_edge": 32},
+        max_image_size={"longest_edge": 16},
+        do_image_splitting=True,
     )
     processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=IDEFICS3_TEMPLATE)
     config = Idefics3Config(
         vision_config=Idefics3VisionConfig(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+            hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+            patch_size=4,
         ),
         text_config=_text(len(tokenizer), pad_token_id=0), scale_factor=2,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=0,
@@ -135,3 +143,17 @@ def _paligemma():
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), projection_dim=32, hidden_size=32,
     )  # fmt: skip
     return PaliGemmaForConditionalGeneration(config), processor
+
+
+def data_of(model, pictures):
+    return CaptionData(model, data=pictures, prompt="what is this ?", batch_size=2, test_size=2)
+
+
+def fit(root, module, data, *callbacks, ckpt_path=None, **options):
+    trainer = pl.Trainer(
+        callbacks=list(callbacks), default_root_dir=root, accelerator="cpu", devices=1, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        **options,
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer

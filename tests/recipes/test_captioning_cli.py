@@ -10,7 +10,6 @@ from recipes.captioning.__main__ import main
 from recipes.captioning.cli import lightning_cli
 from recipes.generative import small_models
 from recipes.generative.pretraining import Schooling
-from test_families import pictures  # noqa: F401 - a fixture
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 BRIEF = Schooling(steps=30, facts=8, samples=8, lr=3e-3)
@@ -71,7 +70,11 @@ def test_offline_configuration_runs_with_the_three_callbacks(tmp_path):
     ],
 )
 def test_configurations_of_hub_models_run_on_a_tiny_checkpoint_of_the_family(
-    tmp_path, pictures, config, family, hub  # noqa: F811
+    tmp_path,
+    pictures,
+    config,
+    family,
+    hub,
 ):
     folder = str(make(family, tmp_path))
     document = yaml.safe_load((CONFIGS / config).read_text(encoding="utf-8"))

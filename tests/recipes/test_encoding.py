@@ -22,7 +22,15 @@ ASKED = ["what", "is", "this", "?"]
 PROMPTS = {
     "llava": [["<s>", "USER:", *["<image>"] * 4, *ASKED, "ASSISTANT:"]] * 2,
     "idefics3": [
-        ["<|im_start|>", "User:", *sum(parts.values(), []), *WHOLE, *ASKED, "<end_of_utterance>", "Assistant:"]
+        [
+            "<|im_start|>",
+            "User:",
+            *(token for part in parts.values() for token in part),
+            *WHOLE,
+            *ASKED,
+            "<end_of_utterance>",
+            "Assistant:",
+        ]
         for parts in (SQUARE, WIDE)
     ],
     "paligemma": [[*["<image>"] * 4, "<bos>", *ASKED]] * 2,

@@ -1,13 +1,8 @@
-import json
-
-import lightning.pytorch as pl
 import pytest
 import torch
-from families import FAMILIES, PROJECTORS, make
-from PIL import Image
+from families import FAMILIES, PROJECTORS, data_of, fit, make
 
 from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaProfile
-from recipes.captioning.data import CaptionData
 from recipes.generative.comparison import low_kappa
 from recipes.generative.module import GenerativeModule
 from recipes.generative.probes import TextAgreement, TextPerplexity
@@ -26,35 +21,10 @@ def model(family, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    lines = []
-    for number in range(6):
-        Image.new("RGB", (40, 30), ("red", "blue")[number % 2]).save(folder / f"{number}.png")
-        lines.append(json.dumps({"image": f"{number}.png", "caption": f"a {('red', 'blue')[number % 2]} cat sits ."}))
-    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "wiki.txt"
     file.write_text(" = a cat = \n\n" + "a red dog runs . this is a blue cat . " * 20, encoding="utf-8")
     return str(file)
-
-
-def data_of(model, pictures):
-    return CaptionData(model, data=pictures, prompt="what is this ?", batch_size=2, test_size=2)
-
-
-def fit(root, module, data, *callbacks, ckpt_path=None, **options):
-    trainer = pl.Trainer(
-        callbacks=list(callbacks), default_root_dir=root, accelerator="cpu", devices=1, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
-        **options,
-    )  # fmt: skip
-    trainer.fit(module, data, ckpt_path=ckpt_path)
-    return trainer
 
 
 def snapshot(module):
@@ -76,7 +46,9 @@ def test_two_steps_move_what_the_profile_says_and_the_checkpoint_goes_on(family,
     assert forgetting.history[0]["forgetting/agreement/retention"] == 1.0
 
     matrices = [
-        name for name, part in parts_of(module.model).items() if part != "projector" and before[f"model.{name}"].ndim > 1
+        name
+        for name, part in parts_of(module.model).items()
+        if part != "projector" and before[f"model.{name}"].ndim > 1
     ]
     untouched = GenerativeModule(model)
     profile = KappaProfile.from_model(untouched.model, include=matrices, progress=False)
