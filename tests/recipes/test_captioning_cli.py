@@ -12,7 +12,7 @@ from recipes.generative import small_models
 from recipes.generative.pretraining import Schooling
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
-BRIEF = Schooling(steps=30, facts=8, samples=8, lr=3e-3)
+BRIEF = Schooling(steps=40, facts=32, samples=8, lr=3e-3)
 
 
 @pytest.fixture
