@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint types clean help
+.PHONY: demo demo-captioning test lint types clean help
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Teach a sentence encoder to see, and measure what it forgets
 	$(BIN)/python -m recipes.image_text $(ARGS)
+
+demo-captioning: $(VENV)/.demo ## Teach a small LLaVA to describe pictures with four methods, and measure what each forgets
+	$(BIN)/python -m recipes.captioning $(ARGS)
 
 test: $(VENV)/.dev ## Run the tests and the examples in the documentation
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,0 +1,88 @@
+"""The command line that runs every method and prints the table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from kappa_lightning import Probe
+from recipes.captioning.data import SCENES, CaptionData
+from recipes.captioning.probes import OldVision
+from recipes.captioning.scenes import DESCRIBE
+from recipes.generative.arguments import add_arguments, check, settings_from
+from recipes.generative.comparison import Result, run, show
+from recipes.generative.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
+from recipes.generative.small_models import SMALL_LLAVA
+from recipes.image_text import tensorboard
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.captioning",
+        description="Teach a generative vision-language model to describe new pictures, with full fine-tuning, "
+        "KappaTune, LoRA, and LoRA on the low-κ matrices only, and compare what each forgets. Without options it "
+        "needs no download: a small LLaVA is pretrained first and kept on disk. For one run from a YAML use the "
+        "subcommand fit of LightningCLI: python -m recipes.captioning fit --help",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default=SMALL_LLAVA, help="hub id or folder")
+    parser.add_argument(
+        "--data", default=SCENES, help="drawn scenes, a folder with a captions.jsonl, or a hub data set"
+    )
+    parser.add_argument("--prompt", default=DESCRIBE, help="what the model is asked about each picture")
+    parser.add_argument("--test-size", type=int, default=200, help="pictures that are held out")
+    parser.add_argument("--image-column", default="image", help="of a hub data set")
+    parser.add_argument("--caption-column", default="caption", help="of a hub data set")
+    parser.add_argument("--split", default="train", help="of a hub data set")
+    add_arguments(parser, log_dir=Path("runs/captioning"))
+    args = parser.parse_args(argv)
+    check(parser, args)
+    return args
+
+
+def compare(argv: Sequence[str]) -> list[Result]:
+    """Run every method, print the table and how to look at the runs."""
+    args = parse(argv)
+    console = Console()
+    probes, notes = small_probes() if args.model == SMALL_LLAVA else text_probes(args.model, args.text)
+    settings = settings_from(args, images=True)
+    results = []
+    for method in args.method:
+        console.rule(method)
+        data = CaptionData(
+            args.model,
+            data=args.data,
+            prompt=args.prompt,
+            batch_size=args.batch_size,
+            test_size=args.test_size,
+            seed=args.seed,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+            split=args.split,
+        )
+        results.append(run(method, settings, data, probes))
+    show(results, notes, "New pictures described, and what is left of what the model knew", console)
+    console.print(f"Captions, curves, rankings:  {tensorboard()} --logdir {args.log_dir}", highlight=False)
+    return results
+
+
+def small_probes() -> tuple[Callable[[], Mapping[str, Probe]], dict[str, str]]:
+    """What the small LLaVA knew: the facts of its text world, and colours and shapes of single objects."""
+
+    def probes() -> dict[str, Probe]:
+        return {"world": WorldAccuracy(SMALL_LLAVA), "vision": OldVision(), "agreement": WorldAgreement(SMALL_LLAVA)}
+
+    return probes, {"world": "facts", "vision": "old\nvision", "agreement": "agree-\nment"}
+
+
+def text_probes(model: str, text: str | None) -> tuple[Callable[[], Mapping[str, Probe]], dict[str, str]]:
+    """What any model knew: its perplexity on text without images, and its distributions there."""
+
+    def probes() -> dict[str, Probe]:
+        return {"text": TextPerplexity(model, text), "agreement": TextAgreement(model, text)}
+
+    return probes, {"text": "text", "agreement": "agree-\nment"}

@@ -1,0 +1,68 @@
+"""The command-line options that the recipes for generative models share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from recipes.generative.comparison import METHODS, Settings, towers_choices
+
+
+def add_arguments(parser: argparse.ArgumentParser, log_dir: Path, towers: bool = True) -> None:
+    """Methods, budget, learning rates, length and place of the runs."""
+    add = parser.add_argument
+    add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="what to run, in order")
+    if towers:
+        add("--towers", choices=towers_choices(), default="both", help="what may train; a projector always does")
+    else:
+        parser.set_defaults(towers="language")
+    add("--max-params", type=float, default=0.25, help="kappa and kappa-lora: share of the matrices, lowest κ first")
+    add("--text", default=None, help="text whose perplexity is kept, in WikiText's format (default: own sentences)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of weights")
+    add("--lora-lr", type=float, default=5e-3, help="peak learning rate of adapters")
+    add("--lora-rank", type=int, default=8, help="rank of the adapters")
+    add("--epochs", type=int, default=4, help="evaluations come after each")
+    add("--steps-per-epoch", type=int, default=50, help="optimizer steps in an epoch; 0 for all data")
+    add("--batch-size", type=int, default=32, help="samples in a batch")
+    add("--max-new-tokens", type=int, default=16, help="length of a generated answer")
+    add("--seed", type=int, default=0, help="of adapters, data and order")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations instead of keeping them")
+    add("--accelerator", default="auto", help="as Trainer takes it")
+    add("--precision", default=None, help="as Trainer takes it (default: that of the weights)")
+    add("--log-dir", type=Path, default=log_dir, help="of TensorBoard, for all runs")
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if args.text is not None and not Path(args.text).is_file():
+        parser.error(f"--text: there is no file {args.text}")
+    if not 0 < args.max_params <= 1:
+        parser.error(f"--max-params: {args.max_params} is not a share in (0, 1]")
+    for name in ("epochs", "batch_size", "lora_rank", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(args, name)} must be at least 1")
+    if args.steps_per_epoch < 0:
+        parser.error(f"--steps-per-epoch: {args.steps_per_epoch} is negative")
+
+
+def settings_from(args: argparse.Namespace, *, images: bool) -> Settings:
+    """The settings that the options stand for."""
+    return Settings(
+        model=args.model,
+        images=images,
+        towers=args.towers,
+        max_params=args.max_params,
+        lr=args.lr,
+        lora_lr=args.lora_lr,
+        lora_rank=args.lora_rank,
+        epochs=args.epochs,
+        steps_per_epoch=args.steps_per_epoch or None,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        dtype=args.dtype,
+        gradient_checkpointing=args.gradient_checkpointing,
+        accelerator=args.accelerator,
+        precision=args.precision or {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}[args.dtype],
+        log_dir=args.log_dir,
+    )

@@ -1,0 +1,176 @@
+"""Full fine-tuning, KappaTune, LoRA and both together on one task, and the table of what each learned and kept."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+
+from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, Probe
+from recipes.generative.memory import PeakMemory
+from recipes.generative.module import GenerativeModule
+from recipes.generative.towers import Towers, parts_of
+
+METHODS = ("full", "kappa", "lora", "kappa-lora")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the methods of a comparison have in common.
+
+    Attributes:
+        model: hub id or folder.
+        images: whether the model sees.
+        towers: what may train beside the projector.
+        max_params: the share of the towers' matrices that the low-κ ones make up, for ``kappa`` and ``kappa-lora``.
+        lr: peak learning rate of weights.
+        lora_lr: peak learning rate of adapters.
+        lora_rank: rank of the adapters.
+        epochs: evaluations come after each.
+        steps_per_epoch: optimizer steps in an epoch; ``None`` for all data.
+        max_new_tokens: length of a generated answer.
+        seed: of adapters and order.
+        dtype: of the weights.
+        gradient_checkpointing: recompute activations instead of keeping them.
+        accelerator: as the Trainer takes it.
+        precision: as the Trainer takes it.
+        log_dir: of TensorBoard, one folder a method.
+    """
+
+    model: str
+    images: bool
+    towers: Towers
+    max_params: float
+    lr: float
+    lora_lr: float
+    lora_rank: int
+    epochs: int
+    steps_per_epoch: int | None
+    max_new_tokens: int
+    seed: int
+    dtype: str
+    gradient_checkpointing: bool
+    accelerator: str
+    precision: Any
+    log_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A row of the table.
+
+    Attributes:
+        method: what was run.
+        exact_match: the share of held-out prompts that are answered right to the letter.
+        retention: of each probe, by its name.
+        trainable: number of parameters that train.
+        memory: peak in bytes, as :class:`~recipes.generative.memory.PeakMemory` measures it.
+        seconds: from fit start to fit end, evaluations included.
+    """
+
+    method: str
+    exact_match: float
+    retention: dict[str, float]
+    trainable: int
+    memory: int
+    seconds: float
+
+
+def run(
+    method: str, settings: Settings, data: pl.LightningDataModule, probes: Callable[[], Mapping[str, Probe]]
+) -> Result:
+    """Adapt the model with one method, and measure what it learned and what it kept."""
+    pl.seed_everything(settings.seed, verbose=False)
+    module = GenerativeModule(
+        settings.model,
+        images=settings.images,
+        towers=settings.towers,
+        lr=settings.lr,
+        lora_rank=settings.lora_rank if method in ("lora", "kappa-lora") else 0,
+        lora_max_params=settings.max_params if method == "kappa-lora" else None,
+        lora_lr=settings.lora_lr,
+        max_new_tokens=settings.max_new_tokens,
+        dtype=settings.dtype,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    forgetting, memory = ForgettingEval(probes()), PeakMemory()
+    callbacks: list[pl.Callback] = [KappaMonitor(), forgetting, memory]
+    if method == "kappa":
+        callbacks.insert(0, low_kappa(module, settings.max_params))
+    trainer = pl.Trainer(
+        callbacks=callbacks,
+        logger=TensorBoardLogger(settings.log_dir, name=method),
+        max_epochs=settings.epochs,
+        limit_train_batches=settings.steps_per_epoch,
+        accelerator=settings.accelerator,
+        devices=1,
+        precision=settings.precision,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+    )
+    started = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - started
+    result = Result(
+        method=method,
+        exact_match=float(trainer.callback_metrics["val/exact_match"]),
+        retention={name: forgetting.history[-1][f"forgetting/{name}/retention"] for name in forgetting.probes},
+        trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        memory=memory.bytes,
+        seconds=seconds,
+    )
+    del trainer, module, callbacks
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return result
+
+
+def low_kappa(module: GenerativeModule, max_params: float) -> KappaFreezeCallback:
+    """Train the matrices of lowest κ within the towers, and the projector in any case."""
+    projector = [f"model.{name}" for name, part in parts_of(module.model).items() if part == "projector"]
+    return KappaFreezeCallback(max_params=max_params, always_train=projector)
+
+
+def show(results: Sequence[Result], baseline: Mapping[str, str], title: str, console: Console) -> None:
+    """Print the table.
+
+    Args:
+        results: its rows.
+        baseline: for each probe, what is written under its column's name.
+        title: what was learned.
+        console: where to.
+    """
+    table = Table(title=title)
+    table.add_column("method")
+    table.add_column("exact\nmatch", justify="right")
+    for note in baseline.values():
+        table.add_column(f"retention:\n{note}", justify="right")
+    for header in ("trainable\nparameters", "peak\nmemory, MB", "seconds"):
+        table.add_column(header, justify="right")
+    for result in results:
+        table.add_row(
+            result.method,
+            f"{result.exact_match:.3f}",
+            *(f"{result.retention[name]:.3f}" for name in baseline),
+            f"{result.trainable:,}",
+            f"{result.memory / 1e6:,.0f}",
+            f"{result.seconds:.0f}",
+        )
+    console.print(table)
+
+
+def towers_choices() -> tuple[str, ...]:
+    """The values of ``--towers``."""
+    return get_args(Towers)

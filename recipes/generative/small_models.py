@@ -1,0 +1,24 @@
+"""The small models that recipes use where none is given, by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CACHE = Path(__file__).parents[2] / "runs" / "cache"
+"""Where they are kept once they were trained."""
+
+SMALL_LLAVA = "small-llava"
+SMALL_LLAMA = "small-llama"
+
+
+def locate(model: str) -> str:
+    """The folder of a small model, which is trained if it is not there yet; any other name as it is."""
+    if model == SMALL_LLAVA:
+        from recipes.captioning.small_llava import small_llava
+
+        return str(small_llava(CACHE))
+    if model == SMALL_LLAMA:
+        from recipes.new_task import small_sorter
+
+        return str(small_sorter(CACHE))
+    return model

@@ -1,0 +1,117 @@
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+from families import make
+
+import recipes.captioning.small_llava
+from recipes.captioning.__main__ import main
+from recipes.captioning.cli import lightning_cli
+from recipes.generative import small_models
+from recipes.generative.pretraining import Schooling
+
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+BRIEF = Schooling(steps=40, facts=32, samples=8, lr=3e-3)
+
+
+@pytest.fixture
+def _hardly_pretrained(tmp_path, monkeypatch):
+    """The small LLaVA after a few steps, in a folder of its own."""
+    monkeypatch.setattr(small_models, "CACHE", tmp_path / "cache")
+    brief = partial(recipes.captioning.small_llava.small_llava, schooling=BRIEF, eye_steps=1)
+    monkeypatch.setattr(recipes.captioning.small_llava, "small_llava", brief)
+
+
+def replaced(value, names):
+    """A YAML document with some of its plain values replaced."""
+    if isinstance(value, dict):
+        return {key: replaced(part, names) for key, part in value.items()}
+    if isinstance(value, list):
+        return [replaced(part, names) for part in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def short(config, tmp_path):
+    """The configuration with two steps on a CPU, and its files in a temporary folder."""
+    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "accelerator": "cpu"}
+    config["trainer"] |= {"enable_progress_bar": False, "default_root_dir": str(tmp_path)}
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
+    for callback in config["trainer"]["callbacks"]:
+        if "profile" in callback.get("init_args", {}):
+            callback["init_args"]["profile"] = str(tmp_path / "kappa.json")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return str(file)
+
+
+def callbacks_of(cli):
+    return {type(callback).__name__: callback for callback in cli.trainer.callbacks}
+
+
+@pytest.mark.usefixtures("_hardly_pretrained")
+def test_offline_configuration_runs_with_the_three_callbacks(tmp_path):
+    config = yaml.safe_load((CONFIGS / "captioning.yaml").read_text(encoding="utf-8"))
+    cli = lightning_cli(["fit", "--config", short(config, tmp_path)])
+    callbacks = callbacks_of(cli)
+    assert cli.trainer.global_step == 2
+    assert {"KappaFreezeCallback", "KappaMonitor", "ForgettingEval"} <= callbacks.keys()
+    assert set(callbacks["ForgettingEval"].history[-1]) >= {
+        f"forgetting/{probe}/retention" for probe in ("world", "vision", "agreement")
+    }
+    assert any("multi_modal_projector" in name for name in callbacks["KappaFreezeCallback"].trained_names)
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "hub"),
+    [
+        ("captioning_smolvlm.yaml", "idefics3", "HuggingFaceTB/SmolVLM-256M-Instruct"),
+        ("captioning_llava.yaml", "llava", "llava-hf/llava-1.5-7b-hf"),
+    ],
+)
+def test_configurations_of_hub_models_run_on_a_tiny_checkpoint_of_the_family(
+    tmp_path,
+    pictures,
+    config,
+    family,
+    hub,
+):
+    folder = str(make(family, tmp_path))
+    document = yaml.safe_load((CONFIGS / config).read_text(encoding="utf-8"))
+    document = replaced(document, {hub: folder, "pictures": pictures})
+    document["data"] |= {"batch_size": 2, "test_size": 2, "num_workers": 0, "prompt": "what is this ?"}
+    for probe in document["trainer"]["callbacks"][2]["init_args"]["probes"].values():
+        probe["init_args"] |= {"windows": 2, "window": 12}
+    cli = lightning_cli(["fit", "--config", short(document, tmp_path)])
+    callbacks = callbacks_of(cli)
+    assert cli.trainer.current_epoch == 1
+    assert callbacks["KappaFreezeCallback"].trained_names
+    assert callbacks["ForgettingEval"].baseline["agreement"] == 1.0
+
+
+def test_help_of_both_command_lines_names_what_matters(capsys):
+    for arguments, words in (
+        (["--help"], ["--method", "--towers", "--max-params", "--text", "captions.jsonl", "kappa-lora"]),
+        (["fit", "--help"], ["--model.towers", "--data.data", "--config"]),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "nowhere.txt"], "--text: there is no file nowhere.txt"),
+        (["--max-params", "1.5"], "--max-params: 1.5 is not a share"),
+        (["--epochs", "0"], "--epochs: 0 must be at least 1"),
+        (["--method", "half"], "invalid choice"),
+    ],
+)
+def test_bad_option_is_a_usage_error(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+
+from recipes import new_task
+from recipes.generative import small_models
+from recipes.generative.encoding import Encoder
+from recipes.generative.pretraining import Schooling
+from recipes.generative.world import NUMBERS, facts, word_tokenizer
+from recipes.new_task import read_answers, sorting_samples
+
+VALUES = {word: value for value, word in enumerate(NUMBERS)}
+
+
+def test_answers_are_sorted_and_no_three_numbers_are_in_both_parts():
+    learned, tested = sorting_samples()
+    for sample in [*learned, *tested]:
+        asked = [VALUES[word] for word in sample.prompt.split()[1:-1]]
+        assert [VALUES[word] for word in sample.answer.split()] == sorted(asked)
+    assert not {sample.answer for sample in learned} & {sample.answer for sample in tested}
+    assert 100 < len(tested) < 300
+
+
+def test_facts_are_true_where_arithmetic_can_tell():
+    checked = 0
+    for fact in facts():
+        tokens = fact.prompt.split()
+        if tokens[1] in ("plus", "minus") and fact.answer in VALUES:
+            first, second = VALUES[tokens[0]], VALUES[tokens[2]]
+            assert VALUES[fact.answer] == (first + second if tokens[1] == "plus" else first - second)
+            checked += 1
+        elif tokens[1] in ("greater", "smaller"):
+            pair = [VALUES[tokens[3]], VALUES[tokens[5]]]
+            assert VALUES[fact.answer] == (max(pair) if tokens[1] == "greater" else min(pair))
+            checked += 1
+    assert checked > 300
+    assert len({fact.prompt for fact in facts()}) == len(facts())
+
+
+def test_text_answers_are_all_that_is_labelled():
+    encoder = Encoder(word_tokenizer(["sort two one zero :"]))
+    sample = new_task.Sample("sort two one :", "one two")
+    short = new_task.Sample("sort one :", "one")
+    batch = encoder([sample, short])
+    tokens = [encoder.tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch["inputs"]["input_ids"]]
+    assert tokens == [
+        ["sort", "two", "one", ":", "one", "two", "</s>"],
+        ["<pad>", "sort", "one", ":", "one", "</s>", "<pad>"],
+    ]
+    labelled = batch["inputs"]["labels"] != -100
+    assert labelled.tolist() == [[False] * 4 + [True] * 3, [False] * 4 + [True] * 2 + [False]]
+
+
+@pytest.mark.parametrize("line", ["no json", '{"prompt": "a"}', '{"prompt": "a", "answer": 3}'])
+def test_line_of_another_form_is_named(tmp_path, line):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "answer": "b"}) + f"\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2"):
+        read_answers(file)
+
+
+def test_a_short_run_of_every_method_gives_its_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(small_models, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(new_task, "SCHOOLING", Schooling(steps=40, facts=32, samples=0, lr=3e-3))
+    options = ["--epochs", "1", "--steps-per-epoch", "2", "--batch-size", "8", "--test-size", "4"]
+    results = new_task.main([*options, "--log-dir", str(tmp_path / "runs"), "--accelerator", "cpu"])
+    assert [result.method for result in results] == ["full", "kappa", "lora", "kappa-lora"]
+    full, kappa, lora, kappa_lora = results
+    assert kappa.trainable < full.trainable / 2
+    assert kappa_lora.trainable < lora.trainable < full.trainable
+    assert kappa.memory < full.memory
+    for result in results:
+        assert 0 < result.retention["agreement"] < 1
+    assert "kappa-lora" in capsys.readouterr().out
+    (folder,) = (tmp_path / "cache").iterdir()
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert small_models.locate("small-llama") == str(folder)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_small_model_depends_on_its_seed_alone(tmp_path):
+    schooling = Schooling(steps=2, facts=4, samples=0)
+    folders = [new_task.small_llama(tmp_path / name, [], schooling) for name in ("one", "other")]
+    torch.manual_seed(9)
+    folders.append(new_task.small_llama(tmp_path / "third", [], schooling))
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
+    assert len({folder.name for folder in folders}) == 1
