@@ -154,6 +154,7 @@ class KappaFreezeCallback(Callback):
         self._restore_optimizers: Callable[[], None] | None = None
         self._rewrap: Callable[[], None] | None = None
         self._first_step = 0
+        self._numbering = "optimizer"
         self._checkpoint_step = 0
         self._fitting = False
 
@@ -180,6 +181,8 @@ class KappaFreezeCallback(Callback):
         checkpoint = adapter.checkpoint_path(trainer, self)
         if checkpoint is not None and (self._restored is not None or self._checkpoint_step > 0):
             plan = self._plan_from_checkpoint(checkpoint, pl_module)
+            saved = self._restored["optimizer_numbering"] if self._restored is not None else "optimizer"
+            adapter.require_numbering(trainer, saved, plan.trained)
         elif self.profile is not None and same_module and trainer.global_step > 0:
             # fit was called once more on a module that is trained by now: its weights have no say any longer.
             plan = self._plan_of_names(pl_module, self.trained_names, self.selected_names, self.profile)
@@ -197,6 +200,7 @@ class KappaFreezeCallback(Callback):
         frozen = [parameters[name] for name in self.frozen_names]
         self._module = weakref.ref(pl_module)
         self._first_step = trainer.global_step
+        self._numbering = adapter.numbering(trainer)
         self._restore_optimizers = adapter.drop_from_optimizers(trainer, frozen)
         self._frozen_here = [parameter for parameter in frozen if parameter.requires_grad]
         for parameter in self._frozen_here:
@@ -233,6 +237,7 @@ class KappaFreezeCallback(Callback):
             return {}
         return {
             "arguments": self._arguments(),
+            "optimizer_numbering": self._numbering,
             "profile": self.profile.to_dict(),
             "trained_names": list(self.trained_names),
             "selected_names": list(self.selected_names),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from kappa_lightning.processes import Processes
 from kappa_lightning.strategies.optimizers import drop_from_optimizers
+from kappa_lightning.weights import plain_parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,6 +58,38 @@ class StrategyAdapter:
         ``on_load_checkpoint`` and ``load_state_dict``.
         """
         return trainer.ckpt_path
+
+    def numbering(self, trainer: pl.Trainer) -> str:
+        """What numbers the optimizers' states in a checkpoint: ``"optimizer"``, ``"module"`` or ``"name"``.
+
+        The order of the optimizer's own parameters, that of all parameters of the module, or nothing but their names.
+        """
+        return "optimizer"
+
+    def require_numbering(self, trainer: pl.Trainer, saved: str, trained: Collection[str]) -> None:
+        """Make sure that the optimizers' states in a checkpoint will go to the parameters that they are of.
+
+        Args:
+            trainer: has the optimizers that get them, from which nothing has been dropped yet.
+            saved: the :meth:`numbering` with which they were saved.
+            trained: the names of the parameters that they are of.
+
+        Raises:
+            ValueError: if they would be mixed up.
+        """
+        if saved != "module":
+            return
+        numbers = {id(p): place for place, p in enumerate(plain_parameters(trainer.lightning_module).values())}
+        wanted = {id(p) for name, p in plain_parameters(trainer.lightning_module).items() if name in trained}
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                order = [numbers[id(parameter)] for parameter in group["params"] if id(parameter) in wanted]
+                if order != sorted(order):
+                    raise ValueError(
+                        "the checkpoint was saved by ModelParallelStrategy, with the optimizer's states in the order of "
+                        "the module's parameters, and the optimizer here has them in another: give it them in the order "
+                        "of module.parameters(), or load the weights into the module and call fit without ckpt_path"
+                    )
 
     def drop_from_optimizers(self, trainer: pl.Trainer, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
         """Take parameters out of every optimizer and return a function that puts them back."""

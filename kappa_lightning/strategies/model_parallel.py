@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,6 @@ from typing_extensions import override
 
 from kappa_lightning.processes import Processes
 from kappa_lightning.strategies.adapter import Share, StrategyAdapter
-from kappa_lightning.weights import plain_parameters
 
 
 class ModelParallelAdapter(StrategyAdapter):
@@ -48,12 +48,27 @@ class ModelParallelAdapter(StrategyAdapter):
         if path is not None:
             path = trainer.strategy.broadcast(path)
             checkpoint = _read(Path(path))
-            _require_numbers_of_this_strategy(path, checkpoint, trainer.lightning_module, callback)
             callback.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if state is not None:
                 callback.load_state_dict(state)
         return path
+
+    @override
+    def numbering(self, trainer: pl.Trainer) -> str:
+        strategy = trainer.strategy
+        assert isinstance(strategy, ModelParallelStrategy)
+        return "name" if strategy._save_distributed_checkpoint else "module"
+
+    @override
+    def require_numbering(self, trainer: pl.Trainer, saved: str, trained: Collection[str]) -> None:
+        if saved == "optimizer":
+            raise ValueError(
+                "the checkpoint was saved by another strategy, whose optimizer states are numbered by the optimizer's "
+                "own parameters; after a freeze Lightning would give them to the wrong ones under "
+                f"{type(trainer.strategy).__name__}: resume with that strategy, or load the weights into the module "
+                "and call fit without ckpt_path"
+            )
 
     @override
     def settle(self, module: pl.LightningModule) -> None:
@@ -84,26 +99,3 @@ def _read(path: Path) -> dict[str, Any]:
     file, mapped = (path / _METADATA_FILENAME, False) if path.is_dir() else (path, True)
     checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     return checkpoint
-
-
-def _require_numbers_of_this_strategy(
-    path: str | os.PathLike[str], checkpoint: dict[str, Any], module: pl.LightningModule, callback: Callback
-) -> None:
-    """Make sure that the optimizer states of a single file can be told apart.
-
-    This strategy numbers them by all parameters of the module; others by those that the optimizer has, which after a
-    freeze are fewer, and Lightning would assign them to the wrong ones.
-    """
-    state = checkpoint.get("callbacks", {}).get(callback.state_key) or {}
-    trained, optimizers = state.get("trained_names"), checkpoint.get("optimizer_states")
-    if not trained or not optimizers:
-        return
-    numbers = {name: number for number, name in enumerate(plain_parameters(module))}
-    saved = {number for optimizer in optimizers for group in optimizer["param_groups"] for number in group["params"]}
-    missing = [name for name in trained if name in numbers and numbers[name] not in saved]
-    if missing:
-        raise ValueError(
-            f"{path} was saved by another strategy, whose optimizer states ModelParallelStrategy cannot assign "
-            f"({missing[0]} has none under its number): resume with that strategy, or load the weights into the module "
-            "and call fit without ckpt_path"
-        )

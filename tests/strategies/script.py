@@ -111,12 +111,18 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def adapt(
-    name: str, root: Path, *callbacks: Callback, ckpt_path: Any = None, strategy: Strategy | None = None, **options: Any
+    name: str,
+    root: Path,
+    *callbacks: Callback,
+    module: Net | None = None,
+    ckpt_path: Any = None,
+    strategy: Strategy | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Train for two epochs with the three callbacks under the strategy of that name, and tell all that came out."""
     processes, make = STRATEGIES[name]
     freeze, monitor, forgetting = KappaFreezeCallback(num_tensors=2), KappaMonitor(), ForgettingEval(probes())
-    module = Net()
+    module = module or Net()
     trainer = make_trainer(
         root,
         freeze,

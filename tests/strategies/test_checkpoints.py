@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import RankFailed, on_ranks
-from script import STRATEGIES, adapt
+from script import STRATEGIES, Net, adapt
 
 
 def begin(name: str, root: Path, distributed: bool) -> str:
@@ -65,5 +65,30 @@ def test_resumed_run_is_the_uninterrupted_one(
 
 def test_checkpoint_whose_optimizer_states_cannot_be_assigned_is_refused(tmp_path: Path) -> None:
     path = on_ranks(begin, "one", tmp_path, False, ranks=1)[0]
-    with pytest.raises(RankFailed, match="saved by another strategy, whose optimizer states"):
+    with pytest.raises(RankFailed, match="saved by another strategy, whose optimizer states are numbered"):
         on_ranks(go_on, "fsdp2", tmp_path, path, False)
+
+
+class Reversed(Net):
+    """Gives its optimizer the parameters in the opposite order."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda module: torch.optim.Adam([*module.parameters()][::-1], lr=0.02))
+
+
+def begin_reversed(name: str, root: Path, distributed: bool, path: str | None) -> dict[str, Any]:
+    saves = ModelCheckpoint(root, filename="first")
+    strategy, epochs = _strategy(name, distributed), 1 if path is None else 2
+    result = adapt(name, root, saves, strategy=strategy, module=Reversed(), ckpt_path=path, max_epochs=epochs)
+    return result | {"path": saves.best_model_path}
+
+
+def test_states_of_an_optimizer_in_another_order_go_to_their_parameters_or_are_refused(tmp_path: Path) -> None:
+    """A single file of FSDP2 sorts them by the module; loading goes by the optimizer."""
+    (whole,) = on_ranks(adapt, "one", tmp_path, ranks=1)
+    for distributed in (True, False):
+        path = on_ranks(begin_reversed, "fsdp2", tmp_path / str(distributed), distributed, None)[0]["path"]
+        resumed = on_ranks(begin_reversed, "fsdp2", tmp_path, distributed, path)[0]
+        torch.testing.assert_close(resumed["weights"], whole["weights"], rtol=1e-9, atol=1e-12)
+    with pytest.raises(RankFailed, match=r"in the order of module\.parameters\(\)"):
+        on_ranks(begin_reversed, "one", tmp_path, False, path, ranks=1)
