@@ -45,7 +45,7 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, name: str, probe: 
     batches = SharedBatches(probe.dataloader, share, limit=batch_limit(trainer))
     # In lockstep a process that fails leaves the others in a forward pass, where they cannot be told.
     together = Processes() if share.lockstep else processes
-    with undisturbed(module):
+    with undisturbed(module), adapter.evaluating(module):
         _seed_alike(processes)
         probe.metric.reset()
         probe.metric.to(device)

@@ -181,7 +181,7 @@ class KappaFreezeCallback(Callback):
         checkpoint = adapter.checkpoint_path(trainer, self)
         if checkpoint is not None and (self._restored is not None or self._checkpoint_step > 0):
             plan = self._plan_from_checkpoint(checkpoint, pl_module)
-            saved = self._restored["optimizer_numbering"] if self._restored is not None else "optimizer"
+            saved = (self._restored or {}).get("optimizer_numbering", "optimizer")
             adapter.require_numbering(trainer, saved, plan.trained)
         elif self.profile is not None and same_module and trainer.global_step > 0:
             # fit was called once more on a module that is trained by now: its weights have no say any longer.
@@ -336,7 +336,13 @@ class KappaFreezeCallback(Callback):
         known = processes.from_first(known)
         if known is not None:
             profile = known.renamed_for([weight.name for weight in candidates])
-            profile.check(module)
+            if processes.count == 1:
+                profile.check(module)
+                return profile
+            # Sharded weights are read by all together, so nobody stops at the first difference.
+            found = [text for texts in processes.gather(list(profile.differences(module))) for text in texts]
+            if found:
+                raise ValueError(found[0])
             return profile
         return KappaProfile.from_weights(
             candidates,

@@ -31,12 +31,13 @@ def compute_dealt(
         watch: sees the weights of a share and its rows as they come, to show progress.
 
     Raises:
-        RuntimeError: on the processes that did not fail, if one did.
+        RuntimeError: if the weights are not the same on every process; on those that did not fail, if one did.
     """
     watch = watch or (lambda _, rows: rows)
     if processes.count == 1:
         yield from watch(weights, compute(weights))
         return
+    _require_same(weights, processes)
     present = deal([weight for weight in weights if not weight.is_sharded], processes.count)[processes.rank]
     with processes.failing_together():
         own = list(watch(present, compute(present))) if present else []
@@ -46,6 +47,17 @@ def compute_dealt(
         own += watch(share, _compute_sharded(rounds, compute, processes))
     for rows in processes.gather(own):
         yield from rows
+
+
+def _require_same(weights: Sequence[Weight], processes: Processes) -> None:
+    mine = [(weight.name, weight.shape, weight.is_sharded) for weight in weights]
+    for rank, other in enumerate(processes.gather(mine)):
+        if other != mine:
+            name = min(set(other) ^ set(mine))[0]
+            raise RuntimeError(
+                f"the processes of rank {processes.rank} and {rank} do not profile the same tensors, {name} first: the "
+                "module must be the same on both, with the same requires_grad"
+            )
 
 
 def deal(weights: Sequence[Weight], hands: int) -> list[list[Weight]]:

@@ -191,11 +191,12 @@ class KappaProfile:
         processes = processes or Processes()
         journal: Journal | None = None
         with processes.failing_together():
-            if save_to is not None and not Path(save_to).parent.is_dir():
+            here = save_to is not None and Path(save_to).parent.is_dir()
+            if save_to is not None and not here and processes.is_first:
                 raise FileNotFoundError(
                     f"the profile cannot be saved to {save_to}: there is no folder {Path(save_to).parent}"
                 )
-            if save_to is not None:
+            if save_to is not None and here:  # on other nodes than the first the folder may not be there
                 journal = Journal(f"{os.fspath(save_to)}.partial", settings, rank=processes.rank)
 
         def compute(share: Sequence[Weight]) -> Iterator[KappaRow]:
@@ -285,27 +286,28 @@ class KappaProfile:
             ValueError: if a tensor of the profile is missing from the module or its content is another; the message
                 names the first.
         """
+        for difference in self.differences(module):
+            raise ValueError(difference)
+
+    def differences(self, module: nn.Module) -> Iterator[str]:
+        """What :meth:`check` would complain of, tensor by tensor."""
         weights = {weight.name: weight for weight in find_weights(module)}
         buffers = {plain_name(name): tuple(buffer.shape) for name, buffer in module.named_buffers()}
         for row in self:
             weight = weights.get(row.name)
-            if weight is None and buffers.get(row.name) == row.shape:
-                continue
             if weight is None:
-                raise ValueError(
-                    fused_experts([row.name], weights)
-                    or f"the profile is another model's: it has {row.name}, which this model has not"
-                )
+                if buffers.get(row.name) != row.shape:
+                    unknown = f"the profile is another model's: it has {row.name}, which this model has not"
+                    yield fused_experts([row.name], weights) or unknown
+                continue
             shape, dtype = weight.shape, str(weight.dtype).removeprefix("torch.")
             if (shape, dtype) != (row.shape, row.dtype):
-                raise ValueError(
+                yield (
                     f"the profile is another model's: {row.name} is {dtype} of shape {shape} here and {row.dtype} of "
                     f"shape {row.shape} in the profile"
                 )
-            if fingerprint(weight.read()) != row.fingerprint:
-                raise ValueError(
-                    f"the profile is of other weights: the content of {row.name} differs; compute a new profile"
-                )
+            elif fingerprint(weight.read()) != row.fingerprint:
+                yield f"the profile is of other weights: the content of {row.name} differs; compute a new profile"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile to a JSON file, atomically."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,8 +88,9 @@ class StrategyAdapter:
                 if order != sorted(order):
                     raise ValueError(
                         "the checkpoint was saved by ModelParallelStrategy, with the optimizer's states in the order of "
-                        "the module's parameters, and the optimizer here has them in another: give it them in the order "
-                        "of module.parameters(), or load the weights into the module and call fit without ckpt_path"
+                        "the module's parameters, and the optimizer here has them in another: give it them in the "
+                        "order of module.parameters(), or load the weights into the module and call fit without "
+                        "ckpt_path"
                     )
 
     def drop_from_optimizers(self, trainer: pl.Trainer, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
@@ -97,6 +99,10 @@ class StrategyAdapter:
 
     def requires_grad_changed(self, trainer: pl.Trainer) -> None:
         """Let whatever wraps the module know, once ``requires_grad`` of its parameters is as it will be."""
+
+    def evaluating(self, module: pl.LightningModule) -> AbstractContextManager[None]:
+        """What must hold while the module is evaluated, such as equal buffers on all processes."""
+        return nullcontext()
 
     def settle(self, module: pl.LightningModule) -> None:
         """Put the module's parameters back to how they are between steps, after a forward pass or before a read."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
@@ -9,6 +11,7 @@ from typing_extensions import override
 
 from kappa_lightning.processes import Processes
 from kappa_lightning.strategies.adapter import Share, StrategyAdapter
+from kappa_lightning.strategies.buffers import those_of_the_first
 
 
 class DDPAdapter(StrategyAdapter):
@@ -17,6 +20,10 @@ class DDPAdapter(StrategyAdapter):
     @override
     def processes(self, trainer: pl.Trainer) -> Processes:
         return Processes.of_this_run()
+
+    @override
+    def evaluating(self, module: pl.LightningModule) -> AbstractContextManager[None]:
+        return those_of_the_first(module)
 
     @override
     def share(self, trainer: pl.Trainer) -> Share:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from kappa_lightning.processes import Processes
 from kappa_lightning.strategies.adapter import Share, StrategyAdapter
+from kappa_lightning.strategies.buffers import those_of_the_first
 
 
 class ModelParallelAdapter(StrategyAdapter):
@@ -30,6 +32,10 @@ class ModelParallelAdapter(StrategyAdapter):
     @override
     def processes(self, trainer: pl.Trainer) -> Processes:
         return Processes.of_this_run()
+
+    @override
+    def evaluating(self, module: pl.LightningModule) -> AbstractContextManager[None]:
+        return those_of_the_first(module)
 
     @override
     def share(self, trainer: pl.Trainer) -> Share:
@@ -44,7 +50,7 @@ class ModelParallelAdapter(StrategyAdapter):
 
         By then their groups must be as they were saved, so the callback gets its state from the file beforehand.
         """
-        path = _checkpoint_to_come()
+        path = _checkpoint_to_come(trainer)
         if path is not None:
             path = trainer.strategy.broadcast(path)
             checkpoint = _read(Path(path))
@@ -78,7 +84,7 @@ class ModelParallelAdapter(StrategyAdapter):
                 submodule.reshard()
 
 
-def _checkpoint_to_come() -> str | os.PathLike[str] | None:
+def _checkpoint_to_come(trainer: pl.Trainer) -> str | os.PathLike[str] | None:
     """The argument ``ckpt_path`` of the ``Trainer._run`` that is calling.
 
     ``trainer.ckpt_path`` is set when the restoring begins, which is after ``on_fit_start``, and until then Lightning
@@ -86,16 +92,21 @@ def _checkpoint_to_come() -> str | os.PathLike[str] | None:
     """
     frame: FrameType | None = inspect.currentframe()
     while frame is not None:
-        if frame.f_code is pl.Trainer._run.__code__:
-            path: str | os.PathLike[str] | None = frame.f_locals["ckpt_path"]
+        known = frame.f_locals
+        if frame.f_code.co_name == "_run" and known.get("self") is trainer and "ckpt_path" in known:
+            path: str | os.PathLike[str] | None = known["ckpt_path"]
             return path
         frame = frame.f_back
-    raise RuntimeError("KappaFreezeCallback.on_fit_start was not called by Trainer.fit")
+    raise RuntimeError(
+        "KappaFreezeCallback cannot tell whether this fit resumes: it was not called from Trainer._run(ckpt_path=…) of "
+        "Lightning 2.6"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
     """A checkpoint without its weights, whether one file or a folder of shards."""
     # Mapped into memory, so that of a large file only the pages that are looked at are read.
     file, mapped = (path / _METADATA_FILENAME, False) if path.is_dir() else (path, True)
-    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    # weights_only as Lightning will load it in a moment, which is True unless the user's environment says otherwise.
+    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=mapped, weights_only=None)
     return checkpoint

@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from kappa_lightning.weights.names import plain_name
 from kappa_lightning.weights.quantised import dequantise, is_quantised, logical_shape
-from kappa_lightning.weights.sharded import whole
+from kappa_lightning.weights.sharded import is_sharded, whole
 from kappa_lightning.weights.weight import (
     View,
     Weight,
@@ -79,6 +79,11 @@ def _parametrised(owner: str, stored: ParametrizationList, layers: dict[str, nn.
         stored.eval()
         try:
             with torch.no_grad():
+                parameters = dict(stored.named_parameters())
+                if any(is_sharded(parameter) for parameter in parameters.values()):
+                    # What makes it may not know sharded tensors, so it gets whole ones.
+                    gathered = {name: whole(parameter) for name, parameter in parameters.items()}
+                    return torch.func.functional_call(stored, gathered, ()).detach()  # type: ignore[no-any-return]
                 return getattr(layer, attribute).detach()  # type: ignore[no-any-return]
         finally:
             for submodule, training in modes.items():

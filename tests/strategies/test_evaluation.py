@@ -176,6 +176,38 @@ def test_all_processes_see_the_same_figures_although_their_arithmetic_differs(tm
     assert one == other
 
 
+class Normed(Net):
+    """With BatchNorm, whose running statistics differ between processes that see different batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(6).double()
+
+    def features(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().features(tokens))
+
+
+def evaluate_normed(root: Path) -> dict[str, Any]:
+    module = Normed()
+    probe = Probe(DataLoader(data(), batch_size=5), Mean(), lambda module, batch: module.loss(batch))
+    forgetting = ForgettingEval({"old": probe})
+    trainer = make_trainer(root, forgetting, strategy="ddp", devices=2, use_distributed_sampler=False, max_epochs=1)
+    trainer.fit(module)
+    own = module.norm.running_mean.clone()
+    with torch.no_grad():
+        losses = [module.eval().loss(batch).item() for batch in DataLoader(data(), batch_size=5)]
+    logged = forgetting.history[-1]["forgetting/old/mean"]
+    return {"logged": logged, "of this module": sum(losses) / len(losses), "own": own}
+
+
+def test_buffers_are_those_of_the_checkpoint_while_a_module_is_evaluated_and_its_own_again_afterwards(
+    tmp_path: Path,
+) -> None:
+    one, other = on_ranks(evaluate_normed, tmp_path)
+    assert one["logged"] == other["logged"] == pytest.approx(one["of this module"], rel=1e-6)
+    assert not torch.equal(one["own"], other["own"])
+
+
 def count_forwards(name: str, root: Path) -> list[int]:
     forwards: list[int] = []
     probe = Probe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.model_summary import summarize
-from ranks import on_ranks
+from ranks import RankFailed, on_ranks
 from script import STRATEGIES, Net, data, probes
 from tiny import Spy, make_trainer, numpy_kappa, numpy_ranking, trainable
 from torch.distributed.tensor import DTensor
@@ -142,3 +143,45 @@ def test_summary_counts_the_whole_tensors_that_train(tmp_path: Path) -> None:
     parameters = dict(Net().named_parameters())
     expected = sum(parameters[name].numel() for name in numpy_ranking(Net(), Net.MATRICES)[:2])
     assert on_ranks(summary, tmp_path) == [expected, expected]
+
+
+class Parametrised(Net):
+    """One layer is made from others that are sharded."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        make = {
+            "spectral": torch.nn.utils.parametrizations.spectral_norm,
+            "orthogonal": torch.nn.utils.parametrizations.orthogonal,
+            "weight": torch.nn.utils.parametrizations.weight_norm,
+        }[kind]
+        make(self.up)
+
+
+def profile_parametrised(name: str, root: Path, kind: str) -> dict[str, float]:
+    devices, make = STRATEGIES[name]
+    freeze, module = KappaFreezeCallback(num_tensors=2), Parametrised(kind)
+    trainer = make_trainer(root, freeze, strategy=make(), devices=devices, use_distributed_sampler=False)
+    trainer.fit(module)
+    return {row.name: row.kappa for row in freeze.profile}
+
+
+@pytest.mark.parametrize("kind", ["spectral", "orthogonal", "weight"])
+def test_weights_made_from_sharded_ones_are_read_as_they_are_on_one_process(tmp_path: Path, kind: str) -> None:
+    (one,) = on_ranks(profile_parametrised, "one", tmp_path, kind, ranks=1)
+    for many in on_ranks(profile_parametrised, "fsdp2", tmp_path, kind):
+        assert many == pytest.approx(one, rel=1e-9)
+
+
+def with_other_candidates(root: Path) -> None:
+    module = Net()
+    module.up.weight.requires_grad_(os.environ["RANK"] == "0")
+    devices, make = STRATEGIES["fsdp2"]
+    make_trainer(root, KappaFreezeCallback(), strategy=make(), devices=devices, use_distributed_sampler=False).fit(
+        module
+    )
+
+
+def test_processes_with_other_candidates_stop_before_they_read_each_others_shards(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match=r"do not profile the same tensors, up\.weight first"):
+        on_ranks(with_other_candidates, tmp_path, timeout=20)
