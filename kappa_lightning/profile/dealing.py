@@ -11,6 +11,7 @@ from torch import Tensor
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile.row import KappaRow
 from kappa_lightning.weights import Weight
+from kappa_lightning.weights.sharded import Place, collect, is_sharded, place_of
 
 Compute = Callable[[Sequence[Weight]], Iterator[KappaRow]]
 Watch = Callable[[Sequence[Weight], Iterator[KappaRow]], Iterable[KappaRow]]
@@ -22,7 +23,7 @@ def compute_dealt(
     """The rows of all weights, on every process, of which each has decomposed a share.
 
     A row is computed once and then sent around, so that all processes hold the same bits whatever their arithmetic.
-    Sharded weights are put together one for each process at a time, so none ever holds more than two whole ones.
+    Sharded weights are put together one for each process at a time, on that process alone.
 
     Args:
         weights: the same on every process.
@@ -93,18 +94,33 @@ def _expensive_first(weights: Sequence[Weight]) -> list[Weight]:
 
 
 def _compute_sharded(rounds: Sequence[Sequence[Weight]], compute: Compute, processes: Processes) -> Iterator[KappaRow]:
-    """The rows of this process' weight in each round, all of which are read by all."""
+    """The rows of this process' weight in each round, which the others send their parts of."""
+    places = processes.gather({weight.name: _place(weight) for weights in rounds for weight in weights})
     for weights in rounds:
         mine: list[Weight] = []
-        for rank, weight in enumerate(weights):
-            tensor = weight.read()
-            if rank == processes.rank:
+        for owner, weight in enumerate(weights):
+            tensor = _collect(weight, [place[weight.name] for place in places], owner)
+            if tensor is not None and owner == processes.rank:
                 mine = [replace(weight, read=partial(_same, tensor))]
             del tensor
         with processes.failing_together():
             rows = list(compute(mine))
         del mine
         yield from rows
+
+
+def _place(weight: Weight) -> Place | None:
+    """Where this process' part of a weight lies; ``None`` of one that is computed from others."""
+    parameter = weight.parameter
+    return place_of(parameter) if parameter is not None and is_sharded(parameter) and not weight.is_made else None
+
+
+def _collect(weight: Weight, places: Sequence[Place | None], owner: int) -> Tensor | None:
+    known = [place for place in places if place is not None]
+    parameter = weight.parameter
+    if parameter is None or not is_sharded(parameter) or len(known) < len(places):
+        return weight.read()
+    return collect(parameter, known, owner)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -87,8 +87,8 @@ class StrategyAdapter:
                 order = [numbers[id(parameter)] for parameter in group["params"] if id(parameter) in wanted]
                 if order != sorted(order):
                     raise ValueError(
-                        "the checkpoint was saved by ModelParallelStrategy, with the optimizer's states in the order of "
-                        "the module's parameters, and the optimizer here has them in another: give it them in the "
+                        "the checkpoint was saved by ModelParallelStrategy, with the optimizer's states in the order "
+                        "of the module's parameters, and the optimizer here has them in another: give it them in the "
                         "order of module.parameters(), or load the weights into the module and call fit without "
                         "ckpt_path"
                     )

@@ -124,7 +124,8 @@ def _made(
     shape = tuple(effective.shape)
     companions = tuple(plain_name(name) for name in originals if name != first)
     view = _view(layer, attribute, shape)
-    return Weight(plain_name(first), shape, effective.dtype, lambda: whole(read()), view, originals[first], companions)
+    name, parameter = plain_name(first), originals[first]
+    return Weight(name, shape, effective.dtype, lambda: whole(read()), view, parameter, companions, is_made=True)
 
 
 _META = "{name} is on the meta device and has no values: load the model's weights first"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -18,6 +20,49 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+Place = tuple[tuple[int, ...], tuple[int, ...]]
+"""The part of a tensor that a process holds: its offset and its size in each dimension."""
+
+
+def place_of(tensor: DTensor) -> Place:
+    """Where the part of this process lies in the whole."""
+    # The method is what distributed checkpoints are made with; each process has one part.
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return tuple(chunk.offsets), tuple(chunk.sizes)
+
+
+def collect(tensor: DTensor, places: Sequence[Place], owner: int) -> Tensor | None:
+    """Put a sharded tensor together on one process, to which the others send what it lacks.
+
+    Args:
+        tensor: sharded, in whatever way; all processes of the default group call this.
+        places: what each process holds, by rank; where several hold the same, one sends it.
+        owner: the rank that gets the whole.
+
+    Returns:
+        The whole tensor on the owner, where its mesh computes; ``None`` elsewhere.
+    """
+    rank = torch.distributed.get_rank()
+    with torch.no_grad():
+        # Offloaded parts lie in the memory of the CPU, which not every backend can send from.
+        part = tensor.to_local().detach().to(tensor.device_mesh.device_type).contiguous()
+        result = torch.empty(tensor.shape, dtype=part.dtype, device=part.device) if rank == owner else None
+        present: set[Place] = set()
+        for sender in (owner, *(other for other in range(len(places)) if other != owner)):
+            offsets, sizes = place = places[sender]
+            if place in present or 0 in sizes:
+                continue
+            present.add(place)
+            if result is not None:
+                received = part if sender == owner else part.new_empty(sizes)
+                if sender != owner:
+                    torch.distributed.recv(received, src=sender)
+                result[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))] = received
+            elif rank == sender:
+                torch.distributed.send(part, dst=owner)
+    return result
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class Weight:
         view: turns that tensor into matrices.
         parameter: the parameter, if the weight is a model's.
         companions: the names of further parameters that the weight is made from, where it is parametrised.
+        is_made: whether it is parametrised, so that reading it computes it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Weight:
     view: View
     parameter: nn.Parameter | None = None
     companions: tuple[str, ...] = ()
+    is_made: bool = False
 
     @property
     def is_stack(self) -> bool:

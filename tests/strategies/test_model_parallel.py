@@ -16,7 +16,7 @@ from script import STRATEGIES, Net, data, probes
 from tiny import Spy, make_trainer, numpy_kappa, numpy_ranking, trainable
 from torch.distributed.tensor import DTensor
 
-import kappa_lightning.weights.model
+import kappa_lightning.profile.dealing
 from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, KappaProfile
 from kappa_lightning.weights.sharded import whole
 
@@ -31,27 +31,38 @@ def fit(name: str, root: Path, *callbacks: Any, epochs: int = 1) -> tuple[Any, N
     return trainer, module
 
 
-def count_whole_tensors(root: Path) -> list[int]:
-    """How many whole copies of sharded weights are alive whenever another one is put together."""
+def count_whole_tensors(name: str, root: Path) -> tuple[list[int], int]:
+    """How many whole copies of sharded weights are alive whenever another one is put together on this process."""
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     counts: list[int] = []
+    gathered: list[Any] = []
+    collect, full_tensor = kappa_lightning.profile.dealing.collect, DTensor.full_tensor
 
-    def counting(tensor: torch.Tensor) -> torch.Tensor:
-        copy = whole(tensor)
-        alive.add(copy)
-        counts.append(len(alive))
+    def counting(*arguments: Any) -> torch.Tensor | None:
+        copy = collect(*arguments)
+        if copy is not None:
+            alive.add(copy)
+            counts.append(len(alive))
         return copy
 
-    kappa_lightning.weights.model.whole = counting
-    fit("fsdp2", root, KappaFreezeCallback(num_tensors=2), KappaMonitor(tensors="all"))
-    return counts
+    def on_all(tensor: DTensor, **options: Any) -> torch.Tensor:
+        gathered.append(tensor.shape)
+        return full_tensor(tensor, **options)
+
+    kappa_lightning.profile.dealing.collect = counting
+    DTensor.full_tensor = on_all
+    fit(name, root, KappaFreezeCallback(num_tensors=2), KappaMonitor(tensors="all"))
+    return counts, len(gathered)
 
 
-def test_no_process_holds_more_than_two_whole_weights(tmp_path: Path) -> None:
-    for counts in on_ranks(count_whole_tensors, tmp_path):
-        # All four for the profile, and the two that train again at the end of the epoch.
-        assert len(counts) == len(Net.MATRICES) + 2
-        assert max(counts) <= 2
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2+tp"])
+def test_weights_are_put_together_one_at_a_time_on_the_process_that_decomposes_them(tmp_path: Path, name: str) -> None:
+    results = on_ranks(count_whole_tensors, name, tmp_path, ranks=STRATEGIES[name][0])
+    for counts, gathered in results:
+        assert max(counts) == 1
+        assert gathered == 0
+    # All four for the profile, and the two that train again at the end of the epoch.
+    assert sum(len(counts) for counts, _ in results) == len(Net.MATRICES) + 2
 
 
 def look(name: str, root: Path) -> dict[str, Any]:
