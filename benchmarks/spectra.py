@@ -1,8 +1,8 @@
 """How fast is κ, and how right? ``spectrum`` against PEFT's selector, a full SVD, and the bare factorisation.
 
 Run one case, or several: ``python -m benchmarks.spectra tinyllama minilm``. All competitors run in the same process on
-the same weights, one after the other; the figures that matter are the ratios. A slow competitor runs on the first few
-matrices of each shape only, and its time is scaled up by the count: such figures carry a ~.
+the same weights, by turns; the figures that matter are the ratios. Of many matrices of one shape only the first few
+run, and the times are scaled up by the count: such figures carry a ~.
 """
 
 import argparse
@@ -29,12 +29,10 @@ NAMES = (
 
 @dataclass
 class Measurement:
-    """Seconds, peak extra bytes, and the κ of the matrices that ran; scaled says that seconds are extrapolated."""
+    """Seconds, and the peak of extra bytes."""
 
     seconds: float
     peak_bytes: int
-    kappas: list[float]
-    scaled: bool
 
 
 def weight(shape: tuple[int, ...], generator: torch.Generator, spikes: int = 4) -> Tensor:
@@ -138,7 +136,6 @@ COMPETITORS: dict[str, Callable[[Tensor], list[float]]] = {
     "bare LU/QR float64": run_floor64,
     "bare QR float64": run_qr64,
 }
-SLOW = ("PEFT selector", "torch.linalg.svd")
 
 
 def resident_bytes() -> int:
@@ -171,27 +168,17 @@ def peak_memory(device: torch.device, peak: list[int]) -> Iterator[None]:
         peak.append(max(0, highest[0] - before))
 
 
-def measure(run: Callable[[Tensor], list[float]], weights: list[Tensor], limit: int | None) -> Measurement:
-    """Time a competitor over the weights; with a limit, over that many matrices of each shape, scaled up."""
-    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
-    for matrix in weights:
-        by_shape.setdefault(tuple(matrix.shape), []).append(matrix)
-    seconds, scaled, peak, kappas = 0.0, False, [0], []
-    for shape, same in by_shape.items():
-        count = len(same) * math.prod(shape[:-2])
-        chosen = same if limit is None else same[:limit]
-        if limit is not None and len(shape) == 3:
-            chosen = [chosen[0][:limit]]
-        done = sum(math.prod(matrix.shape[:-2]) for matrix in chosen)
-        with peak_memory(chosen[0].device, peak):
-            start = time.perf_counter()
-            for matrix in chosen:
-                kappas += run(matrix)
-            if chosen[0].is_cuda:
-                torch.cuda.synchronize(chosen[0].device)
-            seconds += (time.perf_counter() - start) * count / done
-        scaled |= done < count
-    return Measurement(seconds, max(peak), kappas, scaled)
+def measure(run: Callable[[Tensor], list[float]], matrices: Sequence[Tensor]) -> Measurement:
+    """Time a competitor on some tensors, one after the other."""
+    peak: list[int] = []
+    with peak_memory(matrices[0].device, peak):
+        start = time.perf_counter()
+        for matrix in matrices:
+            run(matrix)
+        if matrices[0].is_cuda:
+            torch.cuda.synchronize(matrices[0].device)
+        seconds = time.perf_counter() - start
+    return Measurement(seconds, peak[0])
 
 
 def largest_error(weights: list[Tensor], limit: int | None) -> float:
@@ -212,25 +199,35 @@ def largest_error(weights: list[Tensor], limit: int | None) -> float:
 
 
 def compare(name: str, weights: list[Tensor], limit: int | None, repeats: int) -> list[str]:
-    """Run all competitors on a case; rows of a markdown table."""
-    rows = []
+    """Run all competitors on a case; rows of a markdown table.
+
+    They take turns on the same matrices, and of each the fastest turn counts: a slow spell of the machine then falls on
+    all of them, or on none.
+    """
     run_ours(weights[0][..., : min(512, weights[0].shape[-2]), :])
-    best: dict[str, Measurement] = {}
-    for label, run in COMPETITORS.items():
-        slow = label in SLOW
-        runs = [measure(run, weights, limit if slow else None) for _ in range(1 if slow else repeats)]
-        best[label] = min(runs, key=lambda m: m.seconds)
-        print(f"{name}: {label} {best[label].seconds:.3f} s", file=sys.stderr, flush=True)
+    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for tensor in weights:
+        by_shape.setdefault(tuple(tensor.shape), []).append(tensor)
+    total = {label: Measurement(0.0, 0) for label in COMPETITORS}
+    scaled = False
+    for shape, same in by_shape.items():
+        chosen = same if limit is None else [same[0][:limit]] if len(shape) == 3 else same[:limit]
+        factor = len(same) * math.prod(shape[:-2]) / sum(math.prod(tensor.shape[:-2]) for tensor in chosen)
+        scaled |= factor > 1
+        turns = [{label: measure(run, chosen) for label, run in COMPETITORS.items()} for _ in range(repeats)]
+        for label in COMPETITORS:
+            fastest = min((turn[label] for turn in turns), key=lambda m: m.seconds)
+            total[label].seconds += factor * fastest.seconds
+            total[label].peak_bytes = max(total[label].peak_bytes, *(turn[label].peak_bytes for turn in turns))
+            print(f"{name} {shape}: {label} {fastest.seconds:.3f} s", file=sys.stderr, flush=True)
     error = largest_error(weights, limit)
-    ours = best["spectrum"].seconds
-    for label, m in best.items():
-        about = "~" if m.scaled else ""
-        accuracy = f"{error:.1e}" if label == "spectrum" else ""
-        rows.append(
-            f"| {name} | {label} | {about}{m.seconds:.3f} | {about}{m.seconds / ours:.2f} | {m.peak_bytes / 2**20:.0f} "
-            f"| {accuracy} |"
-        )
-    return rows
+    ours = total["spectrum"].seconds
+    about = "~" if scaled else ""
+    return [
+        f"| {name} | {label} | {about}{m.seconds:.3g} | {m.seconds / ours:.2f} | {m.peak_bytes / 2**20:.0f} "
+        f"| {f'{error:.1e}' if label == 'spectrum' else ''} |"
+        for label, m in total.items()
+    ]
 
 
 HEADER = [
@@ -280,7 +277,7 @@ def scaling() -> list[str]:
     shapes += [(m, 1024) for m in (4096, 16384, 65536)]
     for shape in [*shapes, (1, 128, 128), (16, 128, 128), (256, 128, 128)]:
         matrix = weight(shape, generator)
-        m = measure(run_ours, [matrix], None)
+        m = measure(run_ours, [matrix])
         size = matrix.numel() * matrix.itemsize / 2**20
         rows.append(f"| {'×'.join(map(str, shape))} | {m.seconds:.3f} | {m.peak_bytes / 2**20:.0f} | {size:.0f} |")
     return rows
@@ -296,7 +293,7 @@ def mixtral(spikes: int) -> list[str]:
     seconds, peak = 0.0, 0
     for _ in range(32):
         for shape in shapes:
-            m = measure(run_ours, [weight(shape, generator, spikes).bfloat16()], None)
+            m = measure(run_ours, [weight(shape, generator, spikes).bfloat16()])
             seconds, peak = seconds + m.seconds, max(peak, m.peak_bytes)
     device = torch.cuda.get_device_name()
     return [*HEADER, f"| mixtral on {device} | spectrum | {seconds:.1f} | 1.00 | {peak / 2**20:.0f} | |"]
@@ -305,10 +302,10 @@ def mixtral(spikes: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spectra", description=__doc__)
     parser.add_argument("cases", nargs="+", choices=NAMES, help="what to run")
-    parser.add_argument("--full", action="store_true", help="run slow competitors on every matrix: no ~ figures")
-    parser.add_argument("--subset", type=int, default=1, help="matrices of each shape for slow competitors (default 1)")
+    parser.add_argument("--full", action="store_true", help="run every matrix: no ~ figures")
+    parser.add_argument("--subset", type=int, default=1, help="matrices of each shape that run (default 1)")
     parser.add_argument(
-        "--repeats", type=int, default=2, help="the fastest of so many runs counts, of slow ones one (default 2)"
+        "--repeats", type=int, default=3, help="turns of every competitor, of which the fastest counts (default 3)"
     )
     parser.add_argument("--spikes", type=int, default=4, help="learned directions in generated weights (default 4)")
     parser.add_argument("--output", type=Path, help="also write the tables to this markdown file")

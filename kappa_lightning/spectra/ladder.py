@@ -99,8 +99,8 @@ def free_memory(device: torch.device) -> int:
 def climb(matrices: TallMatrices, members: Sequence[int], plan: Plan, rtol: float) -> Values:
     """Work the given members up the ladder; the others get the values of a zero matrix.
 
-    The host waits for a GPU once a rung, to learn which members go on, and within a chunk a fixed number of times
-    whatever the number of members: after the factorisation, after its error is measured, at the checks of the two
+    The host waits for a GPU once a rung, to learn which members go on, and within a chunk a number of times that does
+    not depend on the number of members: after the factorisation, after its error is measured, in each step of the two
     Lanczos runs, and to ask whether any of them failed to settle.
     """
     values = Values.empty(matrices.count, matrices.entries.device)

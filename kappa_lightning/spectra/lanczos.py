@@ -47,7 +47,8 @@ def largest_eigenvalue(
 
     Returns:
         Lower and upper end, each of shape (batch,); see :func:`.certificate.largest_eigenvalue_interval`. The upper end
-        may be further away than asked, or inf, where the run did not settle within its steps.
+        may be further away than asked, or inf, where the run did not settle within its steps. They are 0 and inf for an
+        operator whose numbers overflow.
     """
     # The basis must keep room for one more block, or there is nothing left to be orthogonal to.
     steps = min(MAX_STEPS, size // BLOCK - 1)
@@ -80,14 +81,18 @@ def largest_eigenvalue(
         image = image + filler * torch.linalg.matrix_norm(diagonal)[..., None, None]
         block, coupling = _orthonormalise(image, spanned)
         basis[:, done : done + BLOCK] = block
+        # The inverse of a matrix that is singular beyond float64's range overflows, and nothing can be said of it.
+        lost = ~(tridiagonal.isfinite().all((-2, -1)) & coupling.isfinite().all((-2, -1)))
+        known, outward = tridiagonal.masked_fill(lost[:, None, None], 0.0), coupling.nan_to_num()
         if step < steps - 1:
-            worth, lower = worth_bracketing(tridiagonal, coupling, overlap, tolerance, lower)
-            if not bool(worth.all()):
+            worth, lower = worth_bracketing(known, outward, overlap, tolerance, lower)
+            if not bool((worth | lost).all()):
                 continue
         lower, upper = largest_eigenvalue_interval(
-            tridiagonal, coupling, overlap, tolerance, lambda top: 1e-12 + roundoff(top)
+            known, outward, overlap, tolerance, lambda top: 1e-12 + roundoff(top)
         )
-        if bool((upper <= (1 + tolerance) * lower).all()):
+        lower, upper = lower.masked_fill(lost, 0.0), upper.masked_fill(lost, torch.inf)
+        if bool((lost | (upper <= (1 + tolerance) * lower)).all()):
             break
     return lower, upper
 

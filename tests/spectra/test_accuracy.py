@@ -77,6 +77,15 @@ def test_large_matrices_stay_within_the_stated_error(family, shape):
         assert result.rtol <= 1e-3
 
 
+@pytest.mark.parametrize("shape", [(515, 515), (567, 566)], ids=str)
+def test_a_matrix_whose_inverse_overflows_is_rank_deficient(shape):
+    """The squares of its inverse's entries are beyond float64."""
+    matrix = FAMILIES["kahan"](np.random.default_rng(3), *shape)
+    assert math.isinf(reference_kappa(matrix))
+    result = spectrum(as_tensor(matrix, torch.float32))
+    assert (result.kappa, result.sigma_min, result.rtol) == (math.inf, 0, 0)
+
+
 @pytest.mark.parametrize("rtol", [0.5, 1e-2, 1e-5, 1e-8])
 def test_the_wanted_error_is_attained(rtol):
     rng = np.random.default_rng(3)
