@@ -71,7 +71,7 @@ def compare(argv: Sequence[str]) -> list[Result]:
 
 
 def small_probes() -> tuple[Callable[[], Mapping[str, Probe]], dict[str, str]]:
-    """What the small LLaVA knew: the facts of its text world, and colours and shapes of single objects."""
+    """What the small LLaVA knew: the facts of its text world, and the names of single groups of shapes."""
 
     def probes() -> dict[str, Probe]:
         return {"world": WorldAccuracy(SMALL_LLAVA), "vision": OldVision(), "agreement": WorldAgreement(SMALL_LLAVA)}

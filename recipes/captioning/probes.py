@@ -9,13 +9,13 @@ from recipes.generative.small_models import SMALL_LLAVA
 
 
 class OldVision(AnswerAccuracy):
-    """Share of questions about a single shape's colour or form that the model answers rightly.
+    """Share of the words that the model gets right when it names a single group: its count, colour and form.
 
     Args:
         model: hub id or folder, by default the small LLaVA.
-        count: number of questions.
+        count: number of pictures.
         seed: of the pictures.
     """
 
     def __init__(self, model: str = SMALL_LLAVA, count: int = 200, seed: int = 1) -> None:
-        super().__init__(load_encoder(model, images=True), drawn(draw_question, count, seed))
+        super().__init__(load_encoder(model, images=True), drawn(draw_question, count, seed), words=3)

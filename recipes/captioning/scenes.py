@@ -29,16 +29,16 @@ COLOURS = {
     "purple": (140, 60, 170),
     "black": (25, 25, 25),
 }
-PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
-COUNTS = ("one", "two", "three")
+SHAPES = ("circle", "square", "triangle", "cross")
+COUNTS = ("once", "twice", "thrice")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 Kind = tuple[str, str]
-KINDS: list[Kind] = list(product(COLOURS, PLURALS))
+KINDS: list[Kind] = list(product(COLOURS, SHAPES))
 """Every colour with every shape."""
 
 DESCRIBE = "describe the picture"
-QUESTIONS = {"colour": "what colour is it", "shape": "what shape is it", "count": "how many are there"}
+NAME = "what is it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Group:
     shape: str
 
     def __str__(self) -> str:
-        return f"{COUNTS[self.count - 1]} {self.colour} {PLURALS[self.shape] if self.count > 1 else self.shape}"
+        return f"{self.colour} {self.shape} {COUNTS[self.count - 1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,60 +69,42 @@ class Picture:
 
         Example:
             >>> Picture((None, Group(2, "red", "circle"), Group(1, "blue", "cross"), None)).caption
-            'top right two red circles bottom left one blue cross'
+            'top right red circle twice bottom left blue cross once'
         """
         return " ".join(f"{place} {group}" for place, group in zip(CORNERS, self.corners, strict=True) if group)
 
     @property
     def labels(self) -> list[tuple[int, int, int]]:
-        """For each cell, row by row, colour, form and count of what is in its corner; zeros for nothing."""
+        """For each cell, row by row, colour and form of what it holds, and its group's count; zeros for nothing."""
         labels = []
         for row, column in product(range(CELLS), range(CELLS)):
-            group = self.corners[row // 2 * 2 + column // 2]
-            colours, shapes = list(COLOURS), list(PLURALS)
+            group, place = self.corners[row // 2 * 2 + column // 2], row % 2 * 2 + column % 2
+            colours = list(COLOURS)
             labels.append(
                 (0, 0, 0)
-                if group is None
-                else (1 + colours.index(group.colour), 1 + shapes.index(group.shape), group.count)
+                if group is None or place >= group.count
+                else (1 + colours.index(group.colour), 1 + SHAPES.index(group.shape), group.count)
             )
         return labels
 
     def draw(self, rng: random.Random) -> Image.Image:
-        """An image of it, with sizes and places that vary."""
+        """An image of it, with sizes and places that vary; a group fills the cells of its corner in their order."""
         image = Image.new("RGB", (SIZE * _FINE, SIZE * _FINE), "white")
         pen = ImageDraw.Draw(image)
         for corner, group in enumerate(self.corners):
             if group is None:
                 continue
-            for cell in rng.sample(range(4), group.count):
+            for cell in range(group.count):
                 _draw(pen, group, corner % 2 * 2 + cell % 2, corner // 2 * 2 + cell // 2, rng)
         return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """Something to ask about a picture with one group: the old vision task."""
-
-    picture: Picture
-    about: str
-
-    @property
-    def text(self) -> str:
-        """The question in words."""
-        return QUESTIONS[self.about]
-
-    @property
-    def answer(self) -> str:
-        """The word that answers it."""
-        group = next(group for group in self.picture.corners if group is not None)
-        return COUNTS[group.count - 1] if self.about == "count" else str(getattr(group, self.about))
-
-
-def random_question(rng: random.Random) -> Question:
-    """One group of any kind in any corner, and any question about it."""
+def random_single(rng: random.Random) -> tuple[Picture, str]:
+    """One group of any kind in any corner, and its name: the old vision task."""
     corners: list[Group | None] = [None] * 4
-    corners[rng.randrange(4)] = _random_group(rng, rng.choice(KINDS))
-    return Question(Picture(tuple(corners)), rng.choice(list(QUESTIONS)))
+    group = _random_group(rng, rng.choice(KINDS))
+    corners[rng.randrange(4)] = group
+    return Picture(tuple(corners)), str(group)
 
 
 def random_clutter(rng: random.Random) -> Picture:
@@ -139,9 +121,9 @@ def random_scene(rng: random.Random, *, unseen: bool) -> Picture:
 
 
 def words() -> list[str]:
-    """Texts with every word that captions, questions and answers use."""
+    """Texts with every word that captions and questions use."""
     groups = [str(Group(count, colour, shape)) for count in (1, 2, 3) for colour, shape in KINDS]
-    return [*groups, *CORNERS, DESCRIBE, *QUESTIONS.values()]
+    return [*groups, *CORNERS, DESCRIBE, NAME]
 
 
 def _random_group(rng: random.Random, kind: Kind) -> Group:

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_torchvision_available
 
-from recipes.captioning.scenes import CELL, COLOURS, COUNTS, PLURALS, SIZE, random_clutter, random_question, words
+from recipes.captioning.scenes import CELL, COLOURS, COUNTS, NAME, SHAPES, SIZE, random_clutter, random_single, words
 from recipes.generative.encoding import Encoder, Sample
 from recipes.generative.pretraining import Schooling, cached, school, settings_of
 from recipes.generative.small_llama import language_config
@@ -42,59 +42,81 @@ TEMPLATE = (
 )
 
 
-EYE_STEPS = 250
+EYE_STEPS = 150
 EYE_BATCH = 32
-SCHOOLING = Schooling(steps=450, facts=80, samples=24, lr=3e-3)
+READING = Schooling(steps=350, facts=80, samples=0, lr=3e-3)
+SEEING = Schooling(steps=400, facts=40, samples=32, lr=1.5e-3)
 
 
-def small_llava(cache: Path, schooling: Schooling = SCHOOLING, eye_steps: int = EYE_STEPS) -> Path:
+def small_llava(
+    cache: Path, reading: Schooling = READING, eye_steps: int = EYE_STEPS, seeing: Schooling = SEEING
+) -> Path:
     """The folder of the pretrained small LLaVA; it is trained the first time, for a minute or two.
 
-    Its vision tower first learns to tell what each part of a picture shows. Then the whole learns the facts of the
-    text world, and to answer questions about pictures with a single group of shapes.
+    Its language model learns the facts of the text world; then its vision tower and projector learn to show the
+    language model the words for each part of a picture; then the whole learns to name a single group of shapes, while
+    it goes on reading.
 
     Args:
         cache: where it is kept.
-        schooling: how long and how fast it learns.
-        eye_steps: steps in which the vision tower learns alone.
+        reading: how the language model learns.
+        eye_steps: steps in which the vision tower and the projector learn.
+        seeing: how the whole learns.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(schooling.seed)
+        torch.manual_seed(reading.seed)
         processor = build_processor()
         model = build_model(processor.tokenizer)
 
         def build() -> tuple[nn.Module, Any]:
-            open_eyes(model.model.vision_tower, processor, eye_steps, schooling.seed)
-            school(model, processor.tokenizer, facts(), schooling, Encoder(processor), draw_question)
+            school(model, processor.tokenizer, facts(), reading)
+            open_eyes(model.model, processor, eye_steps, reading.seed)
+            school(model, processor.tokenizer, facts(), seeing, Encoder(processor), draw_question)
             return model, processor
 
-        config = {"config": model.config.to_diff_dict(), "eye_steps": eye_steps, "words": words(), "template": TEMPLATE}
-        return cached(cache, "small-llava", settings_of(schooling, facts(), config), build)
+        config = {"config": model.config.to_diff_dict(), "words": words(), "template": TEMPLATE}
+        settings = settings_of([reading, seeing], facts(), {**config, "eye_steps": eye_steps})
+        return cached(cache, "small-llava", settings, build)
 
 
-def open_eyes(vision_tower: nn.Module, processor: Any, steps: int, seed: int) -> None:
-    """Teach a vision tower to tell what is in the corner of each patch, by linear layers that are thrown away."""
+def open_eyes(model: nn.Module, processor: Any, steps: int, seed: int) -> None:
+    """Teach vision tower and projector to show the language model the words for each part of a picture.
+
+    Each projected patch is read as the language model reads its own last layer, by its norm and its word embeddings:
+    for a patch with a shape the likeliest colour, form and count must be the right words, and the end token for an
+    empty one.
+
+    Args:
+        model: with ``vision_tower``, ``multi_modal_projector`` and ``language_model``, which stays as it is.
+        processor: its image processor and its tokenizer are used.
+        steps: how long.
+        seed: of the pictures.
+    """
     rng = random.Random(seed)
-    heads = nn.ModuleList(nn.Linear(VISION_WIDTH, 1 + len(names)) for names in (COLOURS, PLURALS, COUNTS))
-    optimizer = torch.optim.AdamW([*vision_tower.parameters(), *heads.parameters()], lr=2e-3)
+    vocabulary, end = processor.tokenizer.get_vocab(), processor.tokenizer.eos_token_id
+    choices = [[end, *(vocabulary[word] for word in part)] for part in (COLOURS, SHAPES, COUNTS)]
+    vision: Any = model.vision_tower
+    projector: Any = model.multi_modal_projector
+    language: Any = model.language_model
+    optimizer = torch.optim.AdamW([*vision.parameters(), *projector.parameters()], lr=2e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.1)
-    vision_tower.train()
     for _ in tqdm(range(steps), desc="Pretraining its eyes", unit="step", dynamic_ncols=True):
         clutter = [random_clutter(rng) for _ in range(EYE_BATCH)]
         pictures = processor.image_processor([one.draw(rng) for one in clutter], return_tensors="pt")
-        seen = vision_tower(pictures["pixel_values"]).last_hidden_state.flatten(0, 1)
+        shown = projector(vision(pictures["pixel_values"]).last_hidden_state).flatten(0, 1)
+        logits = language.norm(shown) @ language.embed_tokens.weight.T
         labels = torch.tensor([one.labels for one in clutter]).flatten(0, 1)
-        losses = [functional.cross_entropy(head(seen), labels[:, part]) for part, head in enumerate(heads)]
+        losses = [functional.cross_entropy(logits[:, ids], labels[:, part]) for part, ids in enumerate(choices)]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step()
-        optimizer.zero_grad()
+        model.zero_grad()
 
 
 def draw_question(rng: random.Random) -> Sample:
-    """A question about a picture of one group: the old vision task."""
-    question = random_question(rng)
-    return Sample(question.text, question.answer, question.picture.draw(rng))
+    """A picture of one group, to be named: the old vision task."""
+    picture, name = random_single(rng)
+    return Sample(NAME, name, picture.draw(rng))
 
 
 def build_processor() -> LlavaProcessor:

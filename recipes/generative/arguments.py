@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser, log_dir: Path, towers: bool =
     add("--lora-lr", type=float, default=5e-3, help="peak learning rate of adapters")
     add("--lora-rank", type=int, default=8, help="rank of the adapters")
     add("--epochs", type=int, default=4, help="evaluations come after each")
-    add("--steps-per-epoch", type=int, default=50, help="optimizer steps in an epoch; 0 for all data")
+    add("--steps-per-epoch", type=int, default=60, help="optimizer steps in an epoch; 0 for all data")
     add("--batch-size", type=int, default=32, help="samples in a batch")
     add("--max-new-tokens", type=int, default=16, help="length of a generated answer")
     add("--seed", type=int, default=0, help="of adapters, data and order")

@@ -118,9 +118,13 @@ def fact_batch(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> dic
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
 
 
-def settings_of(schooling: Schooling, facts: Sequence[Fact], config: dict[str, Any]) -> dict[str, Any]:
+def settings_of(schooling: Sequence[Schooling], facts: Sequence[Fact], config: dict[str, Any]) -> dict[str, Any]:
     """Everything that a small model depends on."""
-    return {"schooling": asdict(schooling), "facts": [[f.prompt, f.answer] for f in facts], "model": config}
+    return {
+        "schooling": [asdict(stage) for stage in schooling],
+        "facts": [[f.prompt, f.answer] for f in facts],
+        "model": config,
+    }
 
 
 def _deck(facts: Sequence[Fact], rng: random.Random) -> Iterator[Fact]:

@@ -133,7 +133,7 @@ class WorldAccuracy(AccuracyProbe):
 
     def __init__(self, model: str, images: bool = True, batch_size: int = 128) -> None:
         tokenizer = load_encoder(model, images).tokenizer
-        batches = [shifted(fact_batch(part, tokenizer), keep=2) for part in _parts(facts(), batch_size)]
+        batches = [shifted(fact_batch(part, tokenizer), words=1) for part in _parts(facts(), batch_size)]
         super().__init__(batches, logits=next_token_logits)
 
 
@@ -152,16 +152,17 @@ class WorldAgreement(AgreementProbe):
 
 
 class AnswerAccuracy(AccuracyProbe):
-    """Share of prompts whose answer is a single word and gets the highest logit.
+    """Share of the tokens of answers that get the highest logit after the right ones before them.
 
     Args:
         encoder: makes the batches.
         samples: the prompts with their answers.
+        words: tokens of each answer, the end token not counted.
         batch_size: samples in a batch.
     """
 
-    def __init__(self, encoder: Encoder, samples: Sequence[Sample], batch_size: int = 100) -> None:
-        batches = [shifted(encoder(part)["inputs"], keep=2) for part in _parts(samples, batch_size)]
+    def __init__(self, encoder: Encoder, samples: Sequence[Sample], words: int = 1, batch_size: int = 100) -> None:
+        batches = [shifted(encoder(part)["inputs"], words) for part in _parts(samples, batch_size)]
         super().__init__(batches, logits=next_token_logits)
 
 
@@ -171,18 +172,19 @@ def drawn(draw: Callable[[random.Random], Sample], count: int, seed: int) -> lis
     return [draw(rng) for _ in range(count)]
 
 
-def shifted(inputs: dict[str, Tensor], keep: int) -> dict[str, Tensor]:
+def shifted(inputs: dict[str, Tensor], words: int) -> dict[str, Tensor]:
     """The same inputs with labels for the token after each, shape (batch, tokens − 1).
 
     Args:
         inputs: with ``labels`` of shape (batch, tokens).
-        keep: of a row's last ``keep`` labels only the first counts: the answer before the end token.
+        words: how many of a row's labels count, the last ones before the end token.
     """
     labels = inputs["labels"]
     last = (labels != IGNORED).long().cumsum(1).argmax(1)
     only = torch.full_like(labels, IGNORED)
     rows = torch.arange(len(labels))
-    only[rows, last - keep + 1] = labels[rows, last - keep + 1]
+    for place in range(1, words + 1):
+        only[rows, last - place] = labels[rows, last - place]
     return {**inputs, "labels": only[:, 1:]}
 
 

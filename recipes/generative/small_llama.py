@@ -49,4 +49,4 @@ def small_llama(cache: Path, further_words: Sequence[str], schooling: Schooling)
             return model, tokenizer
 
         config = {"config": model.config.to_diff_dict(), "words": list(further_words)}
-        return cached(cache, "small-llama", settings_of(schooling, facts(), config), build)
+        return cached(cache, "small-llama", settings_of([schooling], facts(), config), build)

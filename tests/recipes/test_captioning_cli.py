@@ -19,7 +19,7 @@ BRIEF = Schooling(steps=40, facts=32, samples=8, lr=3e-3)
 def _hardly_pretrained(tmp_path, monkeypatch):
     """The small LLaVA after a few steps, in a folder of its own."""
     monkeypatch.setattr(small_models, "CACHE", tmp_path / "cache")
-    brief = partial(recipes.captioning.small_llava.small_llava, schooling=BRIEF, eye_steps=1)
+    brief = partial(recipes.captioning.small_llava.small_llava, reading=BRIEF, eye_steps=1, seeing=BRIEF)
     monkeypatch.setattr(recipes.captioning.small_llava, "small_llava", brief)
 
 
