@@ -21,7 +21,7 @@ from kappa_lightning import (
 PACKAGE = pathlib.Path(kappa_lightning.__file__).parent
 NAMES = [
     "KappaFreezeCallback", "KappaMonitor", "ForgettingEval", "Probe", "PerplexityProbe", "SimilarityProbe",
-    "AccuracyProbe", "KappaProfile", "Spectrum", "spectrum", "condition_number",
+    "AccuracyProbe", "AgreementProbe", "KappaProfile", "Spectrum", "spectrum", "condition_number", "lora_targets",
 ]  # fmt: skip
 BUDGETS = {"top_p": None, "num_tensors": None, "max_kappa": None, "max_params": None, "criterion": "kappa"}
 REQUIRED = inspect.Parameter.empty
