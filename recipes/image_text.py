@@ -50,19 +50,21 @@ WORDINGS = (
     "first {a}, then {b}",
     "{b} that comes after {a}",
 )
-NUM_SCENES = len(WORDS) ** 2
 
 
-def caption(scene: int, wording: int) -> str:
-    """The caption of scene ``10 · left + right`` in one of the wordings.
+def caption(scene: int, wording: int, wordings: Sequence[str] = WORDINGS, digits: int = 10) -> str:
+    """The caption of scene ``digits · left + right`` in one of the wordings.
+
+    A wording names the left digit ``{a}`` and the right one ``{b}``, with their articles, or ``{left}`` and ``{right}``
+    without.
 
     Example:
         >>> caption(38, 0)
         'a three to the left of an eight'
     """
     nouns = ["an eight" if word == "eight" else f"a {word}" for word in WORDS]
-    left, right = divmod(scene, len(WORDS))
-    return WORDINGS[wording].format(a=nouns[left], b=nouns[right])
+    left, right = divmod(scene, digits)
+    return wordings[wording].format(a=nouns[left], b=nouns[right], left=WORDS[left], right=WORDS[right])
 
 
 class Scenes(Dataset[tuple[Tensor, int, int]]):
@@ -71,22 +73,26 @@ class Scenes(Dataset[tuple[Tensor, int, int]]):
     Args:
         images: the digits, shape (n, 8, 8), in [0, 1].
         labels: what they show, shape (n,).
-        count: number of scenes; all 100 occur equally often.
+        count: number of scenes; all ``digits``² occur equally often.
         seed: the same seed gives the same scenes.
+        wordings: how many there are.
+        digits: how many digits are shown, from zero on.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, count: int, seed: int) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, count: int, seed: int, wordings: int = len(WORDINGS), digits: int = 10
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.images = images
-        self.scenes = torch.arange(count) % NUM_SCENES
-        self.wordings = torch.randint(len(WORDINGS), (count,), generator=generator)
-        members = [torch.nonzero(labels == digit).flatten() for digit in range(len(WORDS))]
+        self.scenes = torch.arange(count) % digits**2
+        self.wordings = torch.randint(wordings, (count,), generator=generator)
+        members = [torch.nonzero(labels == digit).flatten() for digit in range(digits)]
         draws = torch.rand(count, 2, generator=generator)
         self.sides = torch.tensor(
             [
                 [
                     members[digit][int(draw * len(members[digit]))]
-                    for digit, draw in zip(divmod(scene, 10), pair, strict=True)
+                    for digit, draw in zip(divmod(scene, digits), pair, strict=True)
                 ]
                 for scene, pair in zip(self.scenes.tolist(), draws.tolist(), strict=True)
             ]
@@ -107,13 +113,24 @@ class SceneData(pl.LightningDataModule):
         tokenizer: of the text encoder.
         batch_size: scenes in a batch.
         seed: of the scenes and of the split.
+        wordings: how a scene is said; see :func:`caption`.
+        digits: how many digits are shown, from zero on.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 64,
+        seed: int = 0,
+        wordings: Sequence[str] = WORDINGS,
+        digits: int = 10,
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.seed = seed
+        self.wordings = tuple(wordings)
+        self.digits = digits
 
     def setup(self, stage: str) -> None:
         """Split the digits and compose the scenes."""
@@ -122,8 +139,9 @@ class SceneData(pl.LightningDataModule):
         labels = torch.tensor(digits.target)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         learn, test = order[: len(order) * 7 // 10], order[len(order) * 7 // 10 :]
-        self.train_scenes = Scenes(images[learn], labels[learn], count=20_000, seed=self.seed + 1)
-        self.test_scenes = Scenes(images[test], labels[test], count=2_000, seed=self.seed + 2)
+        sizes = (len(self.wordings), self.digits)
+        self.train_scenes = Scenes(images[learn], labels[learn], 20_000, self.seed + 1, *sizes)
+        self.test_scenes = Scenes(images[test], labels[test], 2_000, self.seed + 2, *sizes)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of a mapping with ``images``, ``scenes`` and ``tokens``, the tokenised captions."""
@@ -137,7 +155,7 @@ class SceneData(pl.LightningDataModule):
 
     def _collate(self, samples: Sequence[tuple[Tensor, int, int]]) -> dict[str, Any]:
         images, scenes, wordings = zip(*samples, strict=True)
-        captions = [caption(scene, wording) for scene, wording in zip(scenes, wordings, strict=True)]
+        captions = [caption(*said, self.wordings, self.digits) for said in zip(scenes, wordings, strict=True)]
         return {
             "images": torch.stack(images),
             "scenes": torch.tensor(scenes),
@@ -172,9 +190,18 @@ class ImageTextModel(pl.LightningModule):
         text_model: a folder or hub id of a transformers encoder, whose token embeddings are averaged.
         text_lr: peak learning rate of the pretrained text encoder.
         vision_lr: peak learning rate of the new vision encoder and of the temperature.
+        wordings: how a scene is said; see :func:`caption`.
+        digits: how many digits are shown, from zero on.
     """
 
-    def __init__(self, text_model: str, text_lr: float, vision_lr: float) -> None:
+    def __init__(
+        self,
+        text_model: str,
+        text_lr: float,
+        vision_lr: float,
+        wordings: Sequence[str] = WORDINGS,
+        digits: int = 10,
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.text = AutoModel.from_pretrained(text_model, dtype=torch.float32).train()
@@ -205,13 +232,14 @@ class ImageTextModel(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Embed all 100 scenes in every wording: (wordings, 100, dim)."""
-        texts = [[caption(scene, wording) for scene in range(NUM_SCENES)] for wording in range(len(WORDINGS))]
+        """Embed all scenes in every wording: (wordings, scenes, dim)."""
+        wordings, digits = self.hparams["wordings"], self.hparams["digits"]
+        texts = [[caption(scene, w, wordings, digits) for scene in range(digits**2)] for w in range(len(wordings))]
         tokens = [{k: v.to(self.device) for k, v in tokenize(self.tokenizer, text).items()} for text in texts]
         self._scene_embeddings = torch.stack([self.embed_text(batch) for batch in tokens])
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Which of the 100 scenes is it? The accuracy is the mean over the wordings of the question."""
+        """Which of all scenes is it? The accuracy is the mean over the wordings of the question."""
         images = self.embed_images(batch["images"])
         guesses = torch.einsum("bd,wsd->wbs", images, self._scene_embeddings).argmax(-1)
         self.log("val/accuracy", (guesses == batch["scenes"]).float().mean(), prog_bar=True)
@@ -227,6 +255,7 @@ class ImageTextModel(pl.LightningModule):
                 {"params": new, "lr": self.hparams["vision_lr"], "name": "vision"},
             ],
             weight_decay=0.0,
+            fused=True,
         )
         steps = self.trainer.estimated_stepping_batches
         warmup = max(1, int(0.1 * steps))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recipes.compare.report import write_report
 from recipes.compare.settings import Settings
-from recipes.compare.sweep import sweep
+from recipes.compare.sweep import Place, sweep
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,10 +27,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (default: 1, all threads)")
     parser.add_argument("--methods", nargs="+", help="only these of the configuration's")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these of the configuration's")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the task, over the configuration's"
+    )
+    parser.add_argument(
+        "--keep-weights", action="store_true", help="keep what each run trains, so that wise_ft need not train again"
+    )
     parser.add_argument("--only-report", action="store_true", help="run nothing, report what is there")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: give at least 1")
+    for option in args.option:
+        if "=" not in option:
+            parser.error(f"--option {option}: give NAME=VALUE")
     try:
         settings = Settings.read(args.settings)
         for name in ("methods", "seeds"):
@@ -42,6 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             settings,
             methods=tuple(args.methods or settings.methods),
             seeds=tuple(args.seeds if args.seeds is not None else settings.seeds),
+            options={**settings.options, **dict(option.split("=", 1) for option in args.option)},
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -56,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison and print its table; 130 if interrupted."""
     args = parse(argv)
     try:
-        found = sweep(args.settings_read, args.runs, workers=args.workers, only_report=args.only_report)
+        place = Place(args.runs, args.workers, args.only_report, args.keep_weights)
+        found = sweep(args.settings_read, place)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from there", file=sys.stderr)
         return 130

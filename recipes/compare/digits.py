@@ -7,8 +7,6 @@ what was known: the accuracy on digits as they are. Of the matrices, five each a
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from kappa_lightning import AccuracyProbe, Probe
+from recipes.compare.state import save_state
 from recipes.compare.task import LOSS
 
 WIDTH = 32
@@ -132,7 +131,7 @@ class InvertedDigits:
         model = DigitReader(lr)
         file = folder / f"digits-pretrained-{seed}.pt"
         if not file.is_file():
-            _save(_pretrained(seed), file)
+            save_state(_pretrained(seed), file)
         model.load_state_dict(torch.load(file, weights_only=True))
         return model
 
@@ -159,12 +158,3 @@ def _pretrained(seed: int) -> dict[str, Tensor]:
     )
     trainer.fit(model, Digits(seed, inverted=False))
     return model.state_dict()
-
-
-def _save(state: dict[str, Tensor], file: Path) -> None:
-    # Another process may be at the same: a reader sees a whole file or none.
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent)
-    with open(handle, "wb") as stream:
-        torch.save(state, stream)
-    os.replace(temporary, file)

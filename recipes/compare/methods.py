@@ -4,16 +4,18 @@
 full                    everything trains
 a criterion             its first matrices within the budget train: ``kappa``, ``reversed:kappa``, ``random``, …, and
                         with `` within shape`` or `` within role`` behind it, its first ones of every group
+soft:1/kappa            all matrices train, the steps of each as long as :mod:`recipes.compare.soft` says
 last_layers             the last matrices of the model within the budget train
 lora_all                LoRA on every linear and convolutional layer (Hu et al. 2022)
 lora_kappa              LoRA on the layers of lowest κ within the budget
 osf                     orthogonal subspace fine-tuning of every linear layer, as in PEFT (Nayak et al. 2025)
 l2_sp                   full, with a pull of ``strength``·(θ − θ₀) added to the gradient (Li et al. 2018)
 wise_ft                 full, and then the straight line from the pretrained to the trained weights in place of a run's
-                        path (Wortsman et al. 2022)
+                        path (Wortsman et al. 2022); ``wise:kappa`` and the like: the same after another method
 ======================  ================================================================================================
 
-All but full, l2_sp and wise_ft train a number of the pretrained parameters as near to the budget as each of them can.
+All but full, soft, l2_sp and wise_ft train a number of the pretrained parameters as near to the budget as each can. The
+criteria are those of the package and those of :mod:`recipes.compare.candidates`.
 """
 
 from __future__ import annotations
@@ -24,23 +26,46 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+import recipes.compare.candidates  # noqa: F401 - registers its criteria
 from kappa_lightning import KappaFreezeCallback, KappaProfile
 from kappa_lightning.profile.profile import included
 from kappa_lightning.selection import criterion_of
 from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
+from recipes.compare.soft import StepLengths, check_length, step_lengths
 from recipes.compare.task import Task
 
 WITHIN = " within "
+SOFT = "soft:"
+"""What stands before the name of a step length."""
+WISE = "wise:"
+"""What stands before a method to walk back from what it trained."""
+
+
+def walks_back(method: str) -> tuple[bool, str]:
+    """Whether a method walks back towards the pretrained weights, and the one by which it trains before.
+
+    Example:
+        >>> walks_back("wise_ft"), walks_back("wise:kappa"), walks_back("kappa")
+        ((True, 'full'), (True, 'kappa'), (False, 'kappa'))
+    """
+    if method == "wise_ft":
+        return True, "full"
+    return method.startswith(WISE), method.removeprefix(WISE)
 
 
 def check_method(method: str) -> None:
     """Raise a ValueError if there is no such method."""
+    method = walks_back(method)[1]
     if method in METHODS:
+        return
+    if method.startswith(SOFT):
+        check_length(method.removeprefix(SOFT))
         return
     try:
         criterion_of(method.split(WITHIN)[0])
     except ValueError as error:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}, and as a criterion: {error}") from error
+        known = ", ".join(METHODS)
+        raise ValueError(f"method {method!r} is none of {known}, and as a criterion: {error}") from error
 
 
 def prepare(
@@ -64,6 +89,8 @@ def prepare(
     limit = int(budget * sum(weight.parameter.numel() for weight in candidates if weight.parameter is not None))
     if method in METHODS:
         return METHODS[method](module, task, candidates, limit, strength)
+    if method.startswith(SOFT):
+        return _soft(module, task, candidates, method.removeprefix(SOFT))
     criterion, _, within = method.partition(WITHIN)
     freeze = KappaFreezeCallback(
         max_params=limit,
@@ -136,6 +163,13 @@ def _osf(
     inject_adapter_in_model(config, module)
     _thaw(module, new)
     return []
+
+
+def _soft(module: pl.LightningModule, task: Task, candidates: Sequence[Weight], name: str) -> list[pl.Callback]:
+    profile = KappaProfile.from_weights(candidates, device=None, solver="auto", rtol=1e-3)
+    lengths = step_lengths(profile, name)
+    _train_only(module, set(lengths) | _new(module, task))
+    return [StepLengths(lengths)]
 
 
 def _l2_sp(

@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from kappa_lightning import ForgettingEval, Probe
 from kappa_lightning.callbacks.evaluation import evaluate
-from recipes.compare.methods import prepare
+from recipes.compare.methods import prepare, walks_back
+from recipes.compare.state import save_state
 from recipes.compare.task import LOSS, TASKS
 
-BLENDS = 20
-"""Points on the line of ``wise_ft`` from the pretrained to the trained weights."""
+BLENDS = 10
+"""Steps on the line from the pretrained to the trained weights along which ``wise_ft`` walks."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Plan:
         method = re.sub(r"[^\w]+", "-", self.method)
         strength = f"-strength{self.strength:g}" if self.strength else ""
         return folder / f"{self.task}-{method}-budget{self.budget:g}-lr{self.lr:g}{strength}-seed{self.seed}.json"
+
+    def weights(self, folder: Path) -> Path:
+        """Where the parameters that the run trained are kept."""
+        return self.file(folder).with_suffix(".pt")
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,19 @@ class Run:
         if entry["plan"] != asdict(plan):
             differences = [key for key, value in asdict(plan).items() if entry["plan"].get(key) != value]
             raise ValueError(
-                f"{file} is of a run with another {', '.join(differences)}: give another --out, or delete it"
+                f"{file} is of a run with another {', '.join(differences)}: give another --runs, or delete it"
             )
         path = [(loss, retention) for loss, retention in entry["path"]]
         return cls(plan, path, entry["probes"], entry["trainable"], entry["seconds"])
 
 
-def execute(plan: Plan, folder: Path) -> Run:
+def execute(plan: Plan, folder: Path, *, keep_weights: bool = False) -> Run:
     """Train and evaluate as planned; what runs share is kept in the folder.
+
+    Args:
+        plan: the run.
+        folder: where the task keeps what its runs share, and where trained parameters are.
+        keep_weights: keep them there, so that a method that walks back from them later need not train again.
 
     Raises:
         ValueError: if the plan's method or task is unknown, or nothing fits its budget.
@@ -123,29 +133,46 @@ def execute(plan: Plan, folder: Path) -> Run:
     model = task.model(plan.seed, plan.lr, folder)
     data = task.data(model, plan.seed)
     probes = task.probes(model, plan.seed)
-    pretrained = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    callbacks = prepare(plan.method, model, task, budget=plan.budget, strength=plan.strength, seed=plan.seed)
+    walks, trained_as = walks_back(plan.method)
+    pl.seed_everything(plan.seed, verbose=False)
+    callbacks = prepare(trained_as, model, task, budget=plan.budget, strength=plan.strength, seed=plan.seed)
+    start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    weights = replace(plan, method=trained_as).weights(folder)
     # The order of the data and dropout must not depend on the numbers that a method drew.
     pl.seed_everything(plan.seed, verbose=False)
     losses, forgetting = Losses(), ForgettingEval(probes)
-    _trainer(losses).validate(model, data, verbose=False)
-    trainer = _trainer(*callbacks, forgetting, losses, max_epochs=plan.epochs, limit_train_batches=plan.steps_per_epoch)
-    trainer.fit(model, data)
-    path_losses, records = losses.values, forgetting.history
-    retentions = [record["forgetting/retention"] for record in records]
-    figures = {name: [r[f"forgetting/{name}/{probe.name}"] for r in records] for name, probe in probes.items()}
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if plan.method == "wise_ft":
-        path_losses, figures = walk_back(model, data, probes, pretrained, task.new)
-        baselines = {name: values[0] for name, values in figures.items()}
-        directions = {name: 1 if probe.higher_is_better else -1 for name, probe in probes.items()}
-        ratios = {
-            name: [(value / baselines[name]) ** directions[name] for value in values]
-            for name, values in figures.items()
-        }
-        retentions = [statistics.fmean(point) for point in zip(*ratios.values(), strict=True)]
+    if walks and weights.is_file():
+        trained = torch.load(weights, weights_only=True)
+        model.load_state_dict(start | trained)
+    else:
+        _trainer(losses).validate(model, data, verbose=False)
+        fit = _trainer(*callbacks, forgetting, losses, max_epochs=plan.epochs, limit_train_batches=plan.steps_per_epoch)
+        fit.fit(model, data)
+        trained = trained_state(model)
+        if keep_weights:
+            save_state(trained, weights)
+    if walks:
+        path_losses, figures = walk_back(model, data, probes, start, task.new)
+        retentions = [statistics.fmean(point) for point in zip(*_ratios(figures, probes).values(), strict=True)]
+    else:
+        path_losses, records = losses.values, forgetting.history
+        retentions = [record["forgetting/retention"] for record in records]
+        figures = {name: [r[f"forgetting/{name}/{probe.name}"] for r in records] for name, probe in probes.items()}
+    trainable = sum(parameter.numel() for name, parameter in model.named_parameters() if name in trained)
     path = list(zip(path_losses, retentions, strict=True))
     return Run(plan, path, figures, trainable, time.perf_counter() - started)
+
+
+def trained_state(model: pl.LightningModule) -> dict[str, Tensor]:
+    """Of a model's state, copies of the parameters that train and of all buffers."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def _ratios(figures: Mapping[str, Sequence[float]], probes: Mapping[str, Probe]) -> dict[str, list[float]]:
+    """The retention of each probe along a path: its metric over the first one, inverted where lower is better."""
+    directions = {name: 1 if probe.higher_is_better else -1 for name, probe in probes.items()}
+    return {name: [(value / values[0]) ** directions[name] for value in values] for name, values in figures.items()}
 
 
 def walk_back(
@@ -155,7 +182,7 @@ def walk_back(
     pretrained: Mapping[str, Tensor],
     new: Sequence[str],
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """The losses, and the metrics of the probes, at the blends (1 − a)·pretrained + a·trained, a = 0, 0.05, …, 1.
+    """The losses, and the metrics of the probes, at the blends (1 − a)·pretrained + a·trained, a = 0, 0.1, …, 1.
 
     Parameters that are new, and what is not floating point, stay as trained.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ class Settings:
         task: a key of :data:`~recipes.compare.task.TASKS`.
         methods: see :mod:`recipes.compare.methods`; ``full`` must be among them, since it sets the loss levels.
         lrs: the learning rates from which each method's is chosen.
+        widen: how often the grid may grow, for each method, by one rate beyond the best one if that is at its end.
         seeds: of the runs that are reported.
         tuning_seed: of the runs by which the learning rates are chosen; none of ``seeds``.
         budget: the share of the candidates' parameters that trains.
@@ -46,6 +47,7 @@ class Settings:
     strengths: tuple[float, ...] = (0.01, 0.1)
     levels: tuple[float, ...] = (0.8, 0.9, 0.95)
     level: float = 0.9
+    widen: int = 0
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class Settings:
             raise ValueError(f"tuning_seed={self.tuning_seed} is one of the seeds: tune on another")
         if not self.lrs or not self.seeds:
             raise ValueError("lrs and seeds need at least one entry each")
+        if self.widen < 0:
+            raise ValueError(f"widen={self.widen} must be at least 0")
         if self.level not in self.levels or not all(0 < level < 1 for level in self.levels):
             raise ValueError(f"level={self.level} must be one of levels={self.levels}, all between 0 and 1")
 
@@ -80,8 +84,8 @@ class Settings:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()}
         return cls(**values)
 
-    def plans(self, method: str, seed: int) -> list[Plan]:
-        """The runs of a method and a seed at every learning rate, and at every strength if the method has one."""
+    def plans(self, method: str, seed: int, lrs: Sequence[float]) -> list[Plan]:
+        """The runs of a method and a seed at some learning rates, and at every strength if the method has one."""
         return [
             Plan(
                 task=self.task,
@@ -94,6 +98,6 @@ class Settings:
                 steps_per_epoch=self.steps_per_epoch,
                 options=dict(self.options),
             )
-            for lr in self.lrs
+            for lr in lrs
             for strength in (self.strengths if method == "l2_sp" else (0.0,))
         ]

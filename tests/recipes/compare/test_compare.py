@@ -14,7 +14,7 @@ from recipes.compare.digits import Digits, InvertedDigits
 from recipes.compare.report import curves_figure, markdown, read_off
 from recipes.compare.run import Plan, Run, execute
 from recipes.compare.settings import Settings
-from recipes.compare.sweep import Sweep, choose, sweep
+from recipes.compare.sweep import Place, Sweep, choose, sweep
 
 PLAN = Plan(
     task="digits", method="full", lr=1e-3, seed=0, budget=0.25, strength=0.0, epochs=2, steps_per_epoch=2, options={}
@@ -80,6 +80,19 @@ def test_wise_ft_walks_from_the_pretrained_to_the_trained_weights(tmp_path):
     assert wise.path[-1] == pytest.approx(full.path[-1])
 
 
+@pytest.mark.parametrize("method", ["kappa", "lora_all", "soft:1/kappa"])
+def test_walk_back_from_kept_weights_is_that_of_training_again(method, tmp_path):
+    plan = replace(PLAN, method=f"wise:{method}")
+    again = execute(plan, tmp_path)
+    run = execute(replace(PLAN, method=method), tmp_path, keep_weights=True)
+    assert again.path[-1] == pytest.approx(run.path[-1])
+    assert again.trainable == run.trainable
+    kept = execute(plan, tmp_path)
+    assert (kept.path, kept.trainable) == (again.path, again.trainable)
+    state = torch.load(replace(PLAN, method=method).weights(tmp_path), weights_only=True)
+    assert sum(tensor.numel() for tensor in state.values()) == run.trainable
+
+
 def test_run_survives_its_file_and_another_plan_in_its_place_is_refused(tmp_path):
     run = run_of("kappa within shape", 3, [(4.0, 1.0), (0.1, 0.25)])
     run.save(tmp_path)
@@ -108,7 +121,7 @@ def test_interrupted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     executed = []
 
     def fails_at(limit):
-        def run(plan, folder):
+        def run(plan, folder, **options):
             if len(executed) == limit:
                 raise KeyboardInterrupt
             executed.append(plan)
@@ -119,23 +132,39 @@ def test_interrupted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipes.compare.sweep, "execute", fails_at(5))
     with pytest.raises(KeyboardInterrupt):
-        sweep(SETTINGS, tmp_path)
+        sweep(SETTINGS, Place(tmp_path))
     monkeypatch.setattr(recipes.compare.sweep, "execute", fails_at(100))
-    found = sweep(SETTINGS, tmp_path)
+    found = sweep(SETTINGS, Place(tmp_path))
     seen = [(plan.method, plan.lr, plan.seed) for plan in executed]
     tuning = [(method, lr, 9) for method in ("full", "kappa") for lr in (1e-3, 4e-3)]
     assert seen == tuning + [(method, 4e-3, seed) for seed in (0, 1) for method in ("full", "kappa")]
-    assert sweep(SETTINGS, tmp_path) == found
+    assert sweep(SETTINGS, Place(tmp_path)) == found
     assert len(executed) == 8
 
 
 def test_other_processes_give_the_run_of_this_one(tmp_path):
     InvertedDigits().model(0, 1e-3, tmp_path)  # the worker's own pretraining would have its full length
-    (run,) = recipes.compare.sweep._run([PLAN], tmp_path, workers=2, only_report=False)
+    (run,) = recipes.compare.sweep._run([PLAN], Place(tmp_path, workers=2))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert run.path == execute(PLAN, tmp_path).path
     torch.set_num_threads(threads)
+
+
+def test_grid_grows_beyond_its_end_until_the_best_rate_is_inside(tmp_path, monkeypatch):
+    retained = {5e-4: 0.2, 1e-3: 0.9, 4e-3: 0.6, 2e-3: 0.8, 8e-3: 0.5}
+
+    def run(plan, folder, **options):
+        return run_of(plan.method, plan.seed, [(4.0, 1.0), (1.0, retained[plan.lr])], plan.lr)
+
+    monkeypatch.setattr(recipes.compare.sweep, "execute", run)
+    settings = replace(SETTINGS, lrs=(2e-3, 4e-3), seeds=(0,), widen=5)
+    found = sweep(settings, Place(tmp_path))
+    assert sorted(run.plan.lr for run in found.tuning["kappa"]) == [5e-4, 1e-3, 2e-3, 4e-3]
+    assert found.runs["kappa"][0].plan.lr == 1e-3
+    narrow = sweep(replace(settings, widen=0), Place(tmp_path))
+    assert narrow.runs["kappa"][0].plan.lr == 2e-3
+    assert sweep(settings, Place(tmp_path, only_report=True)) == found
 
 
 # The report
@@ -205,6 +234,7 @@ def test_command_runs_reports_and_reports_again(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"widen": -1}, "widen=-1"),
         ({"task": "chess"}, "task='chess' is unknown"),
         ({"methods": ("kappa",)}, "lack 'full'"),
         ({"methods": ("full", "kapa")}, "'kapa' is none of"),
@@ -217,6 +247,19 @@ def test_command_runs_reports_and_reports_again(tmp_path, capsys):
 def test_setting_out_of_range_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SETTINGS, **change)
+
+
+def test_option_on_the_command_line_goes_over_the_configuration(tmp_path, capsys):
+    config = tmp_path / "scenes.toml"
+    config.write_text(
+        'task = "scenes"\nmethods = ["full"]\nlrs = [1e-3]\nseeds = [0]\ntuning_seed = 9\nepochs = 1\n'
+        'steps_per_epoch = 1\n[options]\nsts = "here.csv"\npairs = "50"\n'
+    )
+    args = parse([str(config), "--option", "sts=a=b.csv"])
+    assert args.settings_read.options == {"sts": "a=b.csv", "pairs": "50"}
+    with pytest.raises(SystemExit):
+        parse([str(config), "--option", "sts"])
+    assert "--option sts: give NAME=VALUE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

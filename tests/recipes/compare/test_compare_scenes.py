@@ -7,9 +7,37 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 
 from recipes.compare.methods import prepare
-from recipes.compare.scenes import ScenesWithLoss, TwoDigitScenes
+from recipes.compare.scenes import SHORT, ScenesWithLoss, TwoDigitScenes, spread
 from recipes.compare.task import LOSS
 from recipes.image_text import WORDINGS, caption, tokenize
+
+
+def test_pairs_are_taken_at_even_distances() -> None:
+    pairs = [(str(index), "", 0.0) for index in range(10)]
+    assert [pair[0] for pair in spread(pairs, 4)] == ["0", "2", "5", "7"]
+    assert spread(pairs, None) == pairs
+    with pytest.raises(ValueError, match="pairs=11"):
+        spread(pairs, 11)
+
+
+def test_short_wordings_say_which_is_left() -> None:
+    assert [caption(38, wording, SHORT) for wording in range(4)] == [
+        "three left of eight", "three before eight", "three then eight", "three and eight"
+    ]  # fmt: skip
+    assert caption(13, 0, SHORT, digits=5) == "two left of three"
+    with pytest.raises(ValueError, match="wordings='long'"):
+        TwoDigitScenes(wordings="long")
+
+
+def test_probe_has_every_pair_once_and_like_lengths_together(model: ScenesWithLoss) -> None:
+    task = TwoDigitScenes(pairs="130")
+    batches = list(task.probes(model, 0)["sts"].dataloader)
+    assert sorted(score for *_, scores in batches for score in scores.tolist()) == pytest.approx(
+        sorted(score for *_, score in task.pairs)
+    )
+    widths = [first["input_ids"].shape[1] + second["input_ids"].shape[1] for first, second, _ in batches]
+    assert len(widths) == 3
+    assert widths[0] < widths[-1]
 
 
 @pytest.fixture
