@@ -81,7 +81,7 @@ def test_soft_method_trains_all_matrices_and_nothing_else():
 
 @pytest.mark.parametrize("method", ["soft:kappa", "soft:rank:kapa", "wise:soft:"])
 def test_unknown_length_is_an_error(method):
-    with pytest.raises(ValueError, match="is none of|is unknown"):
+    with pytest.raises(ValueError, match=r"is none of|is unknown"):
         check_method(method)
 
 
