@@ -1,4 +1,4 @@
-"""What the comparison needs to know of a task; a new one is a class like these two and a line in :data:`TASKS`."""
+"""What the comparison needs to know of a task; a new one is a class like these and a line in :data:`TASKS`."""
 
 from __future__ import annotations
 
@@ -57,5 +57,11 @@ def _scenes(options: Options) -> Task:
     return TwoDigitScenes(**options)
 
 
-TASKS: dict[str, Callable[[Options], Task]] = {"digits": _digits, "scenes": _scenes}
+def _captions(options: Options) -> Task:
+    from recipes.compare.captions import NewCaptions
+
+    return NewCaptions(**options)
+
+
+TASKS: dict[str, Callable[[Options], Task]] = {"digits": _digits, "scenes": _scenes, "captions": _captions}
 """The tasks by name: each a function from the options of a configuration to the task, which imports what it needs."""
