@@ -14,7 +14,15 @@ from matplotlib.figure import Figure
 
 from recipes.compare.run import Run
 from recipes.compare.settings import Settings
-from recipes.compare.statistics import Interval, bootstrap, loss_level, paired_difference, retention_at
+from recipes.compare.statistics import (
+    Interval,
+    bootstrap,
+    holm,
+    loss_level,
+    paired_difference,
+    retention_at,
+    sign_flip,
+)
 from recipes.compare.sweep import Sweep
 
 
@@ -29,6 +37,7 @@ class Reading:
         interval: of the mean over the seeds that reached it.
         to_full: of the difference to full fine-tuning, paired by seed.
         to_random: of the difference to the random choice, paired by seed.
+        p_random: of no difference to the random choice, by the exact sign-flip test; NaN for that choice itself.
         seeds: how many runs there are.
     """
 
@@ -38,6 +47,7 @@ class Reading:
     interval: Interval
     to_full: Interval
     to_random: Interval
+    p_random: float
     seeds: int
 
 
@@ -60,6 +70,7 @@ def read_off(sweep: Sweep, level: float) -> list[Reading]:
             interval=bootstrap(list(values.values())),
             to_full=paired_difference(reached[method], reached["full"]),
             to_random=paired_difference(reached[method], reached.get("random", {})),
+            p_random=sign_flip(reached[method], {} if method == "random" else reached.get("random", {})),
             seeds=len(values),
         )
         for method, values in retention.items()
@@ -72,21 +83,30 @@ def write_report(sweep: Sweep, settings: Settings, folder: Path, name: str) -> s
     _write_paths(sweep, folder / f"{name}-paths.csv")
     readings = [reading for level in settings.levels for reading in read_off(sweep, level)]
     _write_readings(readings, folder / f"{name}-retention.csv")
-    table = "\n\n".join(markdown(sweep, read_off(sweep, level)) for level in settings.levels)
+    table = "\n\n".join([baselines(sweep), *(markdown(sweep, read_off(sweep, level)) for level in settings.levels)])
     (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
     curves_figure(sweep, title=f"{settings.task}, budget {settings.budget:g}").savefig(folder / f"{name}.png")
     return table
 
 
+def baselines(sweep: Sweep) -> str:
+    """What each probe measured before the first step, from the runs of full fine-tuning."""
+    runs = list(sweep.runs["full"].values()) or sweep.tuning["full"]
+    found = {name: bootstrap([run.probes[name][0] for run in runs]) for name in runs[0].probes}
+    figures = ", ".join(f"{name} {_shown(interval)}" for name, interval in found.items())
+    return f"Before the first step: {figures}; task loss {_shown(bootstrap([run.path[0][0] for run in runs]))}."
+
+
 def markdown(sweep: Sweep, readings: Sequence[Reading]) -> str:
     """One level's table: the methods that reached it in most seeds and retain most first."""
     ordered = sorted(readings, key=lambda r: (-r.interval.count, -r.interval.mean if r.interval.count else 0, r.method))
+    adjusted = holm({reading.method: reading.p_random for reading in readings})
     lines = [
         f"Retention at {readings[0].level:.0%} of full fine-tuning's adaptation "
-        "(mean, 95 % bootstrap interval; differences paired by seed)",
+        "(mean, 95 % bootstrap interval; differences paired by seed; p: sign-flip test against random, Holm-adjusted)",
         "",
-        "| method | reached | retention | minus full | minus random | trainable | learning rate |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| method | reached | retention | minus full | minus random | p | trainable | learning rate |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for reading in ordered:
         runs = list(sweep.runs[reading.method].values())
@@ -97,6 +117,7 @@ def markdown(sweep: Sweep, readings: Sequence[Reading]) -> str:
         lines.append(
             f"| {reading.method} | {reading.interval.count}/{reading.seeds} | {_shown(reading.interval)} | "
             f"{_shown(reading.to_full, sign=True)} | {_shown(reading.to_random, sign=True)} | "
+            f"{_p_value(adjusted[reading.method])} | "
             f"{runs[0].trainable:,} | {plan.lr:g}{strength} |"
         )
     return "\n".join(lines)
@@ -167,3 +188,7 @@ def _shown(interval: Interval, *, sign: bool = False) -> str:
     if math.isnan(interval.low):
         return f"{interval.mean:{form}}"
     return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _p_value(p: float) -> str:
+    return "–" if math.isnan(p) else f"{p:.3f}"

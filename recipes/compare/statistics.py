@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -92,3 +92,42 @@ def paired_difference(one: Mapping[int, float], other: Mapping[int, float], **op
     """
     differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
     return bootstrap(differences, **options)  # type: ignore[arg-type]
+
+
+def sign_flip(one: Mapping[int, float], other: Mapping[int, float]) -> float:
+    """The two-sided p-value of no difference, by flipping the signs of the paired differences in every way (Fisher).
+
+    It is exact if seeds are exchangeable, and cannot fall below 2/2ⁿ with n seeds: 0.0625 with five, 0.002 with ten.
+
+    Returns:
+        NaN if no seed has both values.
+
+    Example:
+        >>> sign_flip({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.0, 1: 0.0, 2: 0.0})
+        0.25
+    """
+    differences = np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
+    if not len(differences):
+        return math.nan
+    signs = np.array(list(product((1, -1), repeat=len(differences))))
+    sums = np.abs(signs @ differences)
+    # Rounding must not put the observed sum below its own mirror image.
+    return float((sums >= abs(differences.sum()) - 1e-12).mean())
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """P-values adjusted for their number, so that the chance of any false finding stays below each (Holm 1979).
+
+    NaN stays NaN and does not count.
+
+    Example:
+        >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
+        {'a': 0.03, 'b': 0.06, 'c': 0.06}
+    """
+    adjusted = dict(p_values)
+    known = sorted((name for name, p in p_values.items() if not math.isnan(p)), key=lambda name: p_values[name])
+    highest = 0.0
+    for place, name in enumerate(known):
+        highest = max(highest, min(1.0, p_values[name] * (len(known) - place)))
+        adjusted[name] = highest
+    return adjusted

@@ -11,7 +11,7 @@ import recipes.compare.run
 import recipes.compare.sweep
 from recipes.compare.__main__ import main, parse
 from recipes.compare.digits import Digits, InvertedDigits
-from recipes.compare.report import curves_figure, markdown, read_off
+from recipes.compare.report import baselines, curves_figure, markdown, read_off
 from recipes.compare.run import Plan, Run, execute
 from recipes.compare.settings import Settings
 from recipes.compare.sweep import Place, Sweep, choose, sweep
@@ -196,8 +196,15 @@ def test_readings_are_those_by_hand():
 def test_table_puts_methods_that_arrive_first_and_the_most_retentive_before_others():
     lines = markdown(example(), read_off(example(), 0.5)).splitlines()
     assert [line.split("|")[1].strip() for line in lines[4:]] == ["random", "full", "kappa"]
-    assert "| 2/2 | 0.875 [0.800, 0.950] | +0.025 [+0.000, +0.050] | +0.000 [+0.000, +0.000] | 10 | 0.001 |" in lines[4]
-    assert "| 1/2 | 0.800 | -0.100 | -0.150 |" in lines[6]
+    assert (
+        "| 2/2 | 0.875 [0.800, 0.950] | +0.025 [+0.000, +0.050] | +0.000 [+0.000, +0.000] | – | 10 | 0.001 |"
+        in lines[4]
+    )
+    assert "| 1/2 | 0.800 | -0.100 | -0.150 | 1.000 |" in lines[6]
+
+
+def test_report_says_what_was_there_before():
+    assert baselines(example()) == "Before the first step: plain 1.000 [1.000, 1.000]; task loss 5.500 [5.000, 6.000]."
 
 
 def test_figure_has_a_curve_for_each_method_that_ends_where_a_run_stops():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recipes.compare.statistics import bootstrap, loss_level, paired_difference, retention_at
+from recipes.compare.statistics import bootstrap, holm, loss_level, paired_difference, retention_at, sign_flip
 
 PATH = [(4.0, 1.0), (3.0, 0.9), (1.0, 0.5), (1.5, 0.4), (0.5, 0.2)]
 
@@ -85,3 +85,20 @@ def test_difference_is_paired_by_seed():
     assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
     assert found.count == 5
     assert paired_difference(one, {0: math.nan, 1: 0.3, 2: 0.6}).count == 2
+
+
+def test_sign_flips_give_the_p_value_of_scipy_and_their_smallest_one():
+    generator = np.random.default_rng(0)
+    values = generator.normal(0.5, 1.0, 8)
+    one, other = dict(enumerate(values)), dict.fromkeys(range(8), 0.0)
+    flips = stats.permutation_test((values, np.zeros(8)), lambda x, y: (x - y).mean(), permutation_type="samples")
+    assert sign_flip(one, other) == pytest.approx(flips.pvalue, abs=1e-9)
+    assert sign_flip(dict.fromkeys(range(5), 0.1), dict.fromkeys(range(5), 0.0)) == 2 / 2**5
+    assert math.isnan(sign_flip({0: 1.0}, {}))
+
+
+def test_holm_gives_the_adjusted_values_by_hand():
+    # Sorted 0.01, 0.02, 0.03, 0.9, times 4, 3, 2, 1.
+    found = holm({"a": 0.02, "b": math.nan, "c": 0.03, "d": 0.01, "e": 0.9})
+    assert math.isnan(found.pop("b"))
+    assert found == pytest.approx({"d": 0.04, "a": 0.06, "c": 0.06, "e": 0.9})
