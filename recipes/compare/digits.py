@@ -80,7 +80,7 @@ class DigitReader(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, warmed up over a tenth of the steps and decayed to zero by a cosine."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
         steps = self.trainer.estimated_stepping_batches
         warmup = max(1, int(0.1 * steps))
 
