@@ -23,7 +23,7 @@ from recipes.compare.statistics import (
     retention_at,
     sign_flip,
 )
-from recipes.compare.sweep import Sweep
+from recipes.compare.sweep import Sweep, tuning_loss
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def write_report(sweep: Sweep, settings: Settings, folder: Path, name: str) -> s
     _write_paths(sweep, folder / f"{name}-paths.csv")
     readings = [reading for level in settings.levels for reading in read_off(sweep, level)]
     _write_readings(readings, folder / f"{name}-retention.csv")
-    table = "\n\n".join([baselines(sweep), *(markdown(sweep, read_off(sweep, level)) for level in settings.levels)])
+    levels = [markdown(sweep, read_off(sweep, level)) for level in settings.levels]
+    table = "\n\n".join([baselines(sweep), *levels, learning_rates(sweep, settings.level)])
     (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
     curves_figure(sweep, title=f"{settings.task}, budget {settings.budget:g}").savefig(folder / f"{name}.png")
     return table
@@ -120,6 +121,28 @@ def markdown(sweep: Sweep, readings: Sequence[Reading]) -> str:
             f"{_p_value(adjusted[reading.method])} | "
             f"{runs[0].trainable:,} | {plan.lr:g}{strength} |"
         )
+    return "\n".join(lines)
+
+
+def learning_rates(sweep: Sweep, level: float) -> str:
+    """The table of what each learning rate keeps at the level, with the tuning seed."""
+    loss = tuning_loss(sweep.tuning["full"], level)
+    lrs = sorted({run.plan.lr for runs in sweep.tuning.values() for run in runs})
+    lines = [
+        f"Retention with the tuning seed where the loss is {loss:.3g}, {level:.0%} of the way of the best run of full "
+        "fine-tuning, by learning rate (×: never there; empty: not tried)",
+        "",
+        f"| method | {' | '.join(f'{lr:g}' for lr in lrs)} |",
+        f"|---|{'---:|' * len(lrs)}",
+    ]
+    for method, runs in sweep.tuning.items():
+        kept: dict[float, float] = {}
+        for run in runs:
+            retention = retention_at(run.path, loss)
+            kept[run.plan.lr] = float(np.fmax(kept.get(run.plan.lr, math.nan), retention))
+        cells = ("" if lr not in kept else "×" if math.isnan(kept[lr]) else f"{kept[lr]:.3f}" for lr in lrs)
+        if runs:
+            lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -108,13 +108,18 @@ def choose(runs: Sequence[Run], full: Sequence[Run], level: float) -> Plan:
         full: those of full fine-tuning with the same seed; the level is that of the lowest loss among them.
         level: a share of that adaptation.
     """
-    loss = loss_level(min((run.path for run in full), key=lambda path: min(point[0] for point in path)), level)
+    loss = tuning_loss(full, level)
 
     def merit(run: Run) -> tuple[float, float]:
         retention = retention_at(run.path, loss)
         return (-math.inf if math.isnan(retention) else retention), -min(point[0] for point in run.path)
 
     return max(runs, key=merit).plan
+
+
+def tuning_loss(full: Sequence[Run], level: float) -> float:
+    """The loss at a share of full fine-tuning's adaptation, by the one of its runs that gets lowest."""
+    return loss_level(min((run.path for run in full), key=lambda path: min(point[0] for point in path)), level)
 
 
 def _run(plans: Sequence[Plan], place: Place) -> list[Run]:

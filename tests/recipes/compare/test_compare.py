@@ -11,7 +11,7 @@ import recipes.compare.run
 import recipes.compare.sweep
 from recipes.compare.__main__ import main, parse
 from recipes.compare.digits import Digits, InvertedDigits
-from recipes.compare.report import baselines, curves_figure, markdown, read_off
+from recipes.compare.report import baselines, curves_figure, learning_rates, markdown, read_off
 from recipes.compare.run import Plan, Run, execute
 from recipes.compare.settings import Settings
 from recipes.compare.sweep import Place, Sweep, choose, sweep
@@ -205,6 +205,19 @@ def test_table_puts_methods_that_arrive_first_and_the_most_retentive_before_othe
 
 def test_report_says_what_was_there_before():
     assert baselines(example()) == "Before the first step: plain 1.000 [1.000, 1.000]; task loss 5.500 [5.000, 6.000]."
+
+
+def test_learning_rates_are_compared_at_one_loss():
+    full = [run_of("full", 9, [(5.0, 1.0), (1.0, 0.6)], 1e-3), run_of("full", 9, [(5.0, 1.0), (2.0, 0.4)], 4e-3)]
+    kappa = [run_of("kappa", 9, [(5.0, 1.0), (4.0, 0.9)], 1e-3), run_of("kappa", 9, [(5.0, 1.0), (1.0, 0.2)], 2e-3)]
+    table = learning_rates(Sweep({"full": full, "kappa": kappa}, {}), 0.5).splitlines()
+    # At loss 3: halfway of the first run of full, two thirds of the second, halfway of the second of kappa.
+    assert table[2:] == [
+        "| method | 0.001 | 0.002 | 0.004 |",
+        "|---|---:|---:|---:|",
+        "| full | 0.800 |  | 0.600 |",
+        "| kappa | × | 0.600 |  |",
+    ]
 
 
 def test_figure_has_a_curve_for_each_method_that_ends_where_a_run_stops():
