@@ -23,7 +23,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from kappa_lightning import Probe
-from recipes.generative.arguments import add_arguments, check, settings_from
+from recipes.generative.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
 from recipes.generative.comparison import Result, run, show
 from recipes.generative.encoding import Sample
 from recipes.generative.module import load_encoder
@@ -151,12 +151,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Teach a causal language model a new text task, with full fine-tuning, KappaTune, LoRA, and LoRA "
         "on the low-κ matrices only, and compare what each forgets. Without options it needs no download: a small "
         "Llama is pretrained first and kept on disk.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsHelpFormatter,
     )
     parser.add_argument("--model", default=SMALL_LLAMA, help="hub id or folder")
     parser.add_argument("--data", default=SORTING, help='sorting, or a file with lines {"prompt": …, "answer": …}')
     parser.add_argument("--test-size", type=int, default=200, help="prompts that are held out")
     add_arguments(parser, log_dir=Path("runs/new_task"), towers=False)
+    parser.set_defaults(epochs=8)
     args = parser.parse_args(argv)
     check(parser, args)
     if args.data != SORTING and not Path(args.data).is_file():

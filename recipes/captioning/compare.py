@@ -12,7 +12,7 @@ from kappa_lightning import Probe
 from recipes.captioning.data import SCENES, CaptionData
 from recipes.captioning.probes import OldVision
 from recipes.captioning.scenes import DESCRIBE
-from recipes.generative.arguments import add_arguments, check, settings_from
+from recipes.generative.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
 from recipes.generative.comparison import Result, run, show
 from recipes.generative.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
 from recipes.generative.small_models import SMALL_LLAVA
@@ -27,7 +27,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "KappaTune, LoRA, and LoRA on the low-κ matrices only, and compare what each forgets. Without options it "
         "needs no download: a small LLaVA is pretrained first and kept on disk. For one run from a YAML use the "
         "subcommand fit of LightningCLI: python -m recipes.captioning fit --help",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsHelpFormatter,
     )
     parser.add_argument("--model", default=SMALL_LLAVA, help="hub id or folder")
     parser.add_argument(

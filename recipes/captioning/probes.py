@@ -9,7 +9,7 @@ from recipes.generative.small_models import SMALL_LLAVA
 
 
 class OldVision(AnswerAccuracy):
-    """Share of the words that the model gets right when it names a single group: its count, colour and form.
+    """Share of the words that the model gets right when it names one or two groups: their colours, forms and counts.
 
     Args:
         model: hub id or folder, by default the small LLaVA.
@@ -18,4 +18,4 @@ class OldVision(AnswerAccuracy):
     """
 
     def __init__(self, model: str = SMALL_LLAVA, count: int = 200, seed: int = 1) -> None:
-        super().__init__(load_encoder(model, images=True), drawn(draw_question, count, seed), words=3)
+        super().__init__(load_encoder(model, images=True), drawn(draw_question, count, seed))

@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw
 CELL = 16
 """Every shape is in a cell of this width and height, in pixels."""
 
-CELLS = 4
-"""Cells in a row and in a column of a picture; two by two of them are a corner."""
+CORNER = 2 * CELL
+"""Width and height of a corner, four cells, in pixels."""
 
-SIZE = CELL * CELLS
+SIZE = 2 * CORNER
 """Width and height of a picture, in pixels."""
 
 _FINE = 4
@@ -74,18 +74,23 @@ class Picture:
         return " ".join(f"{place} {group}" for place, group in zip(CORNERS, self.corners, strict=True) if group)
 
     @property
+    def names(self) -> str:
+        """What is there, without the corners.
+
+        Example:
+            >>> Picture((None, Group(2, "red", "circle"), Group(1, "blue", "cross"), None)).names
+            'red circle twice blue cross once'
+        """
+        return " ".join(str(group) for group in self.corners if group)
+
+    @property
     def labels(self) -> list[tuple[int, int, int]]:
-        """For each cell, row by row, colour and form of what it holds, and its group's count; zeros for nothing."""
-        labels = []
-        for row, column in product(range(CELLS), range(CELLS)):
-            group, place = self.corners[row // 2 * 2 + column // 2], row % 2 * 2 + column % 2
-            colours = list(COLOURS)
-            labels.append(
-                (0, 0, 0)
-                if group is None or place >= group.count
-                else (1 + colours.index(group.colour), 1 + SHAPES.index(group.shape), group.count)
-            )
-        return labels
+        """For each corner the colour, the form and the count of what it holds, each from 1; zeros for nothing."""
+        colours = list(COLOURS)
+        return [
+            (1 + colours.index(group.colour), 1 + SHAPES.index(group.shape), group.count) if group else (0, 0, 0)
+            for group in self.corners
+        ]
 
     def draw(self, rng: random.Random) -> Image.Image:
         """An image of it, with sizes and places that vary; a group fills the cells of its corner in their order."""
@@ -99,12 +104,11 @@ class Picture:
         return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def random_single(rng: random.Random) -> tuple[Picture, str]:
-    """One group of any kind in any corner, and its name: the old vision task."""
+def random_single(rng: random.Random) -> Picture:
+    """One group of any kind in any corner."""
     corners: list[Group | None] = [None] * 4
-    group = _random_group(rng, rng.choice(KINDS))
-    corners[rng.randrange(4)] = group
-    return Picture(tuple(corners)), str(group)
+    corners[rng.randrange(4)] = _random_group(rng, rng.choice(KINDS))
+    return Picture(tuple(corners))
 
 
 def random_clutter(rng: random.Random) -> Picture:

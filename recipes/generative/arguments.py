@@ -6,6 +6,14 @@ import argparse
 from pathlib import Path
 
 from recipes.generative.comparison import METHODS, Settings, towers_choices
+from recipes.generative.small_models import is_small
+
+
+class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one value for all models."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def add_arguments(parser: argparse.ArgumentParser, log_dir: Path, towers: bool = True) -> None:
@@ -13,16 +21,21 @@ def add_arguments(parser: argparse.ArgumentParser, log_dir: Path, towers: bool =
     add = parser.add_argument
     add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="what to run, in order")
     if towers:
-        add("--towers", choices=towers_choices(), default="both", help="what may train; a projector always does")
+        add("--towers", choices=towers_choices(), default="language", help="what may train; a projector always does")
     else:
         parser.set_defaults(towers="language")
     add("--max-params", type=float, default=0.25, help="kappa and kappa-lora: share of the matrices, lowest κ first")
     add("--text", default=None, help="text whose perplexity is kept, in WikiText's format (default: own sentences)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of weights")
-    add("--lora-lr", type=float, default=5e-3, help="peak learning rate of adapters")
+    add(
+        "--lr",
+        type=float,
+        default=None,
+        help="peak learning rate of weights (default: 2e-3 for small models, else 2e-5)",
+    )
+    add("--lora-lr", type=float, default=None, help="the same of adapters (default: 5e-3 for small models, else 2e-4)")
     add("--lora-rank", type=int, default=8, help="rank of the adapters")
     add("--epochs", type=int, default=4, help="evaluations come after each")
-    add("--steps-per-epoch", type=int, default=60, help="optimizer steps in an epoch; 0 for all data")
+    add("--steps-per-epoch", type=int, default=None, help="0 for all data (default: 40 for small models, else 0)")
     add("--batch-size", type=int, default=32, help="samples in a batch")
     add("--max-new-tokens", type=int, default=16, help="length of a generated answer")
     add("--seed", type=int, default=0, help="of adapters, data and order")
@@ -42,22 +55,24 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("epochs", "batch_size", "lora_rank", "max_new_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: {getattr(args, name)} must be at least 1")
-    if args.steps_per_epoch < 0:
+    if args.steps_per_epoch is not None and args.steps_per_epoch < 0:
         parser.error(f"--steps-per-epoch: {args.steps_per_epoch} is negative")
 
 
 def settings_from(args: argparse.Namespace, *, images: bool) -> Settings:
     """The settings that the options stand for."""
+    small = is_small(args.model)
+    steps = args.steps_per_epoch if args.steps_per_epoch is not None else 40 if small else 0
     return Settings(
         model=args.model,
         images=images,
         towers=args.towers,
         max_params=args.max_params,
-        lr=args.lr,
-        lora_lr=args.lora_lr,
+        lr=args.lr if args.lr is not None else 2e-3 if small else 2e-5,
+        lora_lr=args.lora_lr if args.lora_lr is not None else 5e-3 if small else 2e-4,
         lora_rank=args.lora_rank,
         epochs=args.epochs,
-        steps_per_epoch=args.steps_per_epoch or None,
+        steps_per_epoch=steps or None,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         dtype=args.dtype,

@@ -143,28 +143,27 @@ def low_kappa(module: GenerativeModule, max_params: float) -> KappaFreezeCallbac
     return KappaFreezeCallback(max_params=max_params, always_train=projector)
 
 
-def show(results: Sequence[Result], baseline: Mapping[str, str], title: str, console: Console) -> None:
+def show(results: Sequence[Result], headers: Mapping[str, str], title: str, console: Console) -> None:
     """Print the table.
 
     Args:
         results: its rows.
-        baseline: for each probe, what is written under its column's name.
+        headers: for each probe, the header of its column.
         title: what was learned.
         console: where to.
     """
-    table = Table(title=title)
-    table.add_column("method")
+    names = ", ".join(header.replace("-\n", "").replace("\n", " ") for header in headers.values())
+    table = Table(title=title, caption=f"{names}: retention, of which 1 means that nothing is lost")
+    table.add_column("method", no_wrap=True)
     table.add_column("exact\nmatch", justify="right")
-    for note in baseline.values():
-        table.add_column(f"retention:\n{note}", justify="right")
-    for header in ("trainable\nparameters", "peak\nmemory, MB", "seconds"):
+    for header in (*headers.values(), "trainable\nparameters", "peak\nMB", "seconds"):
         table.add_column(header, justify="right")
     for result in results:
         table.add_row(
             result.method,
             f"{result.exact_match:.3f}",
-            *(f"{result.retention[name]:.3f}" for name in baseline),
-            f"{result.trainable:,}",
+            *(f"{result.retention[name]:.3f}" for name in headers),
+            f"{result.trainable / 1e6:,.3g} M",
             f"{result.memory / 1e6:,.0f}",
             f"{result.seconds:.0f}",
         )

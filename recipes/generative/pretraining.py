@@ -88,7 +88,7 @@ def school(
         draw: makes one such sample.
     """
     rng = random.Random(schooling.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schooling.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schooling.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     def scale(step: int) -> float:
         return min((step + 1) / (0.1 * schooling.steps), 0.5 * (1 + math.cos(math.pi * step / schooling.steps)))

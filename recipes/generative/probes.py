@@ -157,12 +157,11 @@ class AnswerAccuracy(AccuracyProbe):
     Args:
         encoder: makes the batches.
         samples: the prompts with their answers.
-        words: tokens of each answer, the end token not counted.
         batch_size: samples in a batch.
     """
 
-    def __init__(self, encoder: Encoder, samples: Sequence[Sample], words: int = 1, batch_size: int = 100) -> None:
-        batches = [shifted(encoder(part)["inputs"], words) for part in _parts(samples, batch_size)]
+    def __init__(self, encoder: Encoder, samples: Sequence[Sample], batch_size: int = 100) -> None:
+        batches = [shifted(encoder(part)["inputs"]) for part in _parts(samples, batch_size)]
         super().__init__(batches, logits=next_token_logits)
 
 
@@ -172,20 +171,20 @@ def drawn(draw: Callable[[random.Random], Sample], count: int, seed: int) -> lis
     return [draw(rng) for _ in range(count)]
 
 
-def shifted(inputs: dict[str, Tensor], words: int) -> dict[str, Tensor]:
+def shifted(inputs: dict[str, Tensor], words: int | None = None) -> dict[str, Tensor]:
     """The same inputs with labels for the token after each, shape (batch, tokens − 1).
 
     Args:
         inputs: with ``labels`` of shape (batch, tokens).
-        words: how many of a row's labels count, the last ones before the end token.
+        words: how many of a row's labels count, the last ones before the end token; all before it if ``None``.
     """
     labels = inputs["labels"]
-    last = (labels != IGNORED).long().cumsum(1).argmax(1)
-    only = torch.full_like(labels, IGNORED)
-    rows = torch.arange(len(labels))
-    for place in range(1, words + 1):
-        only[rows, last - place] = labels[rows, last - place]
-    return {**inputs, "labels": only[:, 1:]}
+    counted = labels != IGNORED
+    from_end = counted.sum(1, keepdim=True) - counted.cumsum(1)
+    counted &= from_end > 0
+    if words is not None:
+        counted &= from_end <= words
+    return {**inputs, "labels": labels.masked_fill(~counted, IGNORED)[:, 1:]}
 
 
 def next_token_logits(module: Any, batch: dict[str, Tensor]) -> Tensor:

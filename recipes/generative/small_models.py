@@ -11,6 +11,11 @@ SMALL_LLAVA = "small-llava"
 SMALL_LLAMA = "small-llama"
 
 
+def is_small(model: str) -> bool:
+    """Whether it is one of these."""
+    return model in (SMALL_LLAVA, SMALL_LLAMA)
+
+
 def locate(model: str) -> str:
     """The folder of a small model, which is trained if it is not there yet; any other name as it is."""
     if model == SMALL_LLAVA:

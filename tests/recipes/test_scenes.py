@@ -15,6 +15,7 @@ from recipes.captioning.scenes import (
     random_scene,
     random_single,
 )
+from recipes.captioning.small_llava import draw_question
 
 
 def groups_of(caption):
@@ -59,18 +60,27 @@ def test_no_combination_is_both_learned_and_tested_in_either_order():
     assert not learned & tested
 
 
-def test_labels_of_a_cell_are_what_it_holds():
-    picture = Picture((None, Group(2, "green", "cross"), None, None))
-    labels = np.array(picture.labels).reshape(4, 4, 3)
-    assert (labels[0, 2:] == (2, 4, 2)).all()
-    assert labels.sum() == labels[0, 2:].sum()
+def test_labels_of_a_corner_are_what_it_holds():
+    picture = Picture((None, Group(2, "green", "cross"), None, Group(3, "red", "circle")))
+    assert picture.labels == [(0, 0, 0), (2, 4, 2), (0, 0, 0), (1, 1, 3)]
 
 
-def test_single_group_is_named_as_in_a_caption():
+def test_names_are_the_caption_without_the_corners():
     for seed in range(30):
-        picture, name = random_single(random.Random(seed))
-        assert picture.caption.split(maxsplit=2)[2] == name
+        picture = random_single(random.Random(seed))
+        assert sum(group is not None for group in picture.corners) == 1
+        assert picture.caption.split(maxsplit=2)[2] == picture.names
+    both = random_scene(random.Random(0), unseen=False)
+    assert [word for word in both.caption.split() if word not in " ".join(CORNERS).split()] == both.names.split()
     assert any(None not in random_clutter(random.Random(seed)).corners for seed in range(50))
+
+
+def test_old_vision_task_shows_no_combination_that_is_kept_for_the_test():
+    unseen = {frozenset(groups_of(random_scene(random.Random(seed), unseen=True).caption)) for seed in range(4000)}
+    shown = [draw_question(random.Random(seed)).answer.split() for seed in range(2000)]
+    pairs = [frozenset([(w[0], w[1]), (w[3], w[4])]) for w in shown if len(w) == 6]
+    assert len(pairs) > 1000
+    assert not unseen.intersection(pairs)
 
 
 def test_the_same_index_is_always_the_same_picture():
