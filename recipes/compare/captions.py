@@ -27,14 +27,14 @@ class CaptionsWithLoss(GenerativeModule):
 
 
 class NewCaptions:
-    """The task. The projector is pretrained, and as in the recipe it trains with every method.
+    """The task. As in the recipe the vision tower is frozen, and the projector trains with every method.
 
     Args:
         batch_size: pictures in a batch.
         test_size: pictures that are held out.
     """
 
-    pretrained = ("model.*",)
+    pretrained = ("*language_model*",)
     new = ("*multi_modal_projector*",)
 
     def __init__(self, batch_size: str = "32", test_size: str = "200") -> None:
@@ -43,7 +43,7 @@ class NewCaptions:
 
     def model(self, seed: int, lr: float, folder: Path) -> CaptionsWithLoss:
         """The small LLaVA, which is pretrained the first time that any recipe asks for it; seeds do not change it."""
-        return CaptionsWithLoss(SMALL_LLAVA, lr=lr, lora_lr=lr)
+        return CaptionsWithLoss(SMALL_LLAVA, towers="language", lr=lr, lora_lr=lr)
 
     def data(self, model: pl.LightningModule, seed: int) -> CaptionData:
         """Drawn pictures."""

@@ -5,6 +5,7 @@ import torch
 
 import recipes.captioning.small_llava
 from recipes.compare.captions import NewCaptions
+from recipes.compare.methods import prepare
 from recipes.compare.run import Plan, execute
 from recipes.generative import small_models
 from recipes.generative.pretraining import Schooling, fact_batch
@@ -40,7 +41,7 @@ def test_run_trains_projector_and_low_kappa_matrices_and_starts_at_the_loss_of_t
             tokens += count
     assert tokens
     assert run.path[0] == (pytest.approx(total / 6, rel=1e-4), 1.0)
-    towers = {name: p.numel() for name, p in module.named_parameters() if "projector" not in name and p.ndim > 1}
+    towers = {name: p.numel() for name, p in module.named_parameters() if "language_model" in name and p.ndim > 1}
     projector = sum(p.numel() for name, p in module.named_parameters() if "projector" in name)
     assert run.trainable - projector == pytest.approx(0.25 * sum(towers.values()), rel=0.1)
 
@@ -56,6 +57,17 @@ def test_probe_is_the_perplexity_of_the_world(tmp_path):
         whole = fact_batch(facts(), module.encoder.tokenizer)
         loss = module.model(**whole).loss
     assert probe.compute() == pytest.approx(float(loss.exp()), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "lora_all", "kappa"])
+def test_vision_tower_never_trains(method, tmp_path):
+    task = NewCaptions()
+    module = task.model(0, 1e-3, tmp_path)
+    prepare(method, module, task, budget=0.25, strength=0.0, seed=0)
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert any("projector" in name for name in trained)
+    assert not any("vision_tower" in name for name in trained)
+    assert any("language_model" in name for name in trained)
 
 
 def test_every_learning_rate_is_the_plans(tmp_path):
