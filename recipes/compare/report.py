@@ -155,7 +155,7 @@ def curves_figure(sweep: Sweep, *, title: str = "") -> Figure:
     shares = np.linspace(0, 0.99, 67)
     figure = Figure(figsize=(11, 6), dpi=110, layout="constrained")
     axes = figure.subplots()
-    colours = colormaps["tab20"]
+    colours = colormaps["tab10"]
     curves = [read_off(sweep, float(share)) for share in shares]
     for index, method in enumerate(sweep.runs):
         points = [next(r for r in readings if r.method == method) for readings in curves]
@@ -165,8 +165,8 @@ def curves_figure(sweep: Sweep, *, title: str = "") -> Figure:
             np.array([getattr(p.interval, end) for p, keep in zip(points, whole, strict=True) if keep])
             for end in ("mean", "low", "high")
         )
-        colour = colours(index % 20)
-        axes.plot(x, mean, color=colour, label=method, linewidth=1.6, linestyle="-" if index % 2 == 0 else "--")
+        colour = colours(index % 10)
+        axes.plot(x, mean, color=colour, label=method, linewidth=1.6, linestyle=("-", "--", ":")[index // 10 % 3])
         axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set(xlabel="share of full fine-tuning's reduction of the held-out loss", ylabel="retention", title=title)
     axes.grid(alpha=0.3)
