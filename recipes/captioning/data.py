@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from recipes.captioning.scenes import DESCRIBE, random_scene
@@ -89,7 +89,8 @@ class CaptionedImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         path, caption = self.rows[index]
         with Image.open(path) as image:
-            return Sample(self.prompt, caption.strip(), image.convert("RGB"))
+            # Cameras store how they were held beside the pixels.
+            return Sample(self.prompt, caption.strip(), ImageOps.exif_transpose(image).convert("RGB"))
 
 
 class HubImages(Dataset[Sample]):
@@ -104,7 +105,7 @@ class HubImages(Dataset[Sample]):
 
     Raises:
         ModuleNotFoundError: if the package ``datasets`` is not installed.
-        ValueError: if there is no such column.
+        ValueError: if there is no such column, or a row has no image or no caption.
     """
 
     def __init__(self, dataset: str, split: str, prompt: str, image_column: str, caption_column: str) -> None:
@@ -129,9 +130,16 @@ class HubImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        caption = row[self.caption_column]
-        caption = caption if isinstance(caption, str) else caption[0]
-        return Sample(self.prompt, caption.strip(), row[self.image_column].convert("RGB"))
+        image, caption = row[self.image_column], row[self.caption_column]
+        if isinstance(caption, list) and caption:
+            caption = caption[0]
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"row {index}: caption_column={self.caption_column!r} holds no text but {caption!r}")
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"row {index}: image_column={self.image_column!r} holds no image but a {type(image).__name__}"
+            )
+        return Sample(self.prompt, caption.strip(), image.convert("RGB"))
 
 
 class CaptionData(pl.LightningDataModule):
