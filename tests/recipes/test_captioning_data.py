@@ -66,13 +66,20 @@ def test_photo_is_turned_as_the_camera_was_held(tmp_path):
     assert images[0].image.size == (4, 8)
 
 
+def test_longer_images_are_shrunk(tmp_path):
+    Image.new("RGB", (80, 20), "red").save(tmp_path / "long.png")
+    lines = [json.dumps({"image": name, "caption": "a cat"}) for name in ("long.png", "a.png")]
+    images = CaptionedImages(folder_of(tmp_path, *lines), prompt="", max_edge=40)
+    assert [sample.image.size for sample in images] == [(40, 10), (8, 8)]
+
+
 class Rows(list):
     column_names = ("image", "caption")
 
 
 def hub_images(monkeypatch, *rows):
     loaded = Rows({"image": image, "caption": caption} for image, caption in rows)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: loaded))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, subset, split: loaded))
     return HubImages("some/pictures", "train", "what is it ?", "image", "caption")
 
 
