@@ -76,9 +76,12 @@ def read_answers(file: Path) -> list[Sample]:
             continue
         try:
             row = json.loads(line)
-            samples.append(Sample(row["prompt"], row["answer"].strip()))
+            prompt, answer = row["prompt"], row["answer"].strip()
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}, line {number}: not an object with prompt and answer") from error
+        if not isinstance(prompt, str) or not answer:
+            raise ValueError(f"{file}, line {number}: the prompt is no text, or the answer is empty")
+        samples.append(Sample(prompt, answer))
     if not samples:
         raise ValueError(f"{file} has no prompts")
     return samples
@@ -174,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     results = []
     for method in args.method:
         console.rule(method)
-        data = AnswerData(args.model, args.data, args.batch_size, args.test_size)
+        data = AnswerData(args.model, args.data, settings.batch_size, args.test_size)
         results.append(run(method, settings, data, probes))
     show(results, notes, "A new text task, and what is left of what the model knew", console)
     console.print(f"Answers, curves, rankings:  {tensorboard()} --logdir {args.log_dir}", highlight=False)

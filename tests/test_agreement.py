@@ -104,6 +104,14 @@ def test_padding_does_not_count():
     assert measure(probe, after) == pytest.approx(exact_agreement(before, after, [1, 2, 3, 4, 5, 6]), rel=1e-5)
 
 
+def test_positions_of_an_image_can_be_left_out():
+    ids, counted = torch.tensor([[0, 0, 3, 4]]), torch.tensor([[0, 0, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": counted, "inputs": {"input_ids": ids}}
+    before, after = Table(seed=1), Table(seed=2)
+    probe = recorded(AgreementProbe([batch], logits=lambda model, batch: model(**batch["inputs"])), before)
+    assert measure(probe, after) == pytest.approx(exact_agreement(before, after, [3, 4]), rel=1e-5)
+
+
 def test_order_and_share_of_the_batches_do_not_matter():
     before, after = Table(seed=1), Table(seed=2)
     probe = recorded(AgreementProbe(batches()), before)

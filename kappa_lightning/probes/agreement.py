@@ -50,7 +50,9 @@ class AgreementProbe(Probe):
     pretrained weights share a folder, and a folder with another model's references is an error.
 
     A batch is a mapping with ``input_ids`` of shape (batch, tokens) and, optionally, ``attention_mask`` and whatever
-    else the model takes, such as images. Every token that is attended to counts.
+    else the model takes, such as images. Every token that is attended to counts, those that stand for an image as well.
+    To leave them out, give the model's own inputs under another name, ``logits=lambda model, batch:
+    model(**batch["inputs"]).logits``, and an ``attention_mask`` of the positions that count.
 
     Args:
         dataloader: the batches, the same each time.

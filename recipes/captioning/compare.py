@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kappa_lightning import Probe
 from recipes.captioning.data import SCENES, CaptionData
-from recipes.captioning.probes import OldVision
+from recipes.captioning.probes import CaptionPerplexity, OldVision
 from recipes.captioning.scenes import DESCRIBE
 from recipes.generative.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
 from recipes.generative.comparison import Result, run, show
@@ -38,9 +38,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--image-column", default="image", help="of a hub data set")
     parser.add_argument("--caption-column", default="caption", help="of a hub data set")
     parser.add_argument("--split", default="train", help="of a hub data set")
+    parser.add_argument("--subset", default=None, help="of a hub data set that has several")
+    parser.add_argument("--max-edge", type=int, default=None, help="shrink longer images to this, in pixels")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read images")
+    parser.add_argument(
+        "--old-data", default=None, help="pictures with captions, as --data, whose perplexity is to be kept"
+    )
+    parser.add_argument("--old-prompt", default=None, help="what the model is asked about these (default: --prompt)")
     add_arguments(parser, log_dir=Path("runs/captioning"))
     args = parser.parse_args(argv)
     check(parser, args)
+    if args.old_data is not None and args.model == SMALL_LLAVA:
+        parser.error(f"--old-data: {SMALL_LLAVA} has old pictures of its own; name another --model")
     return args
 
 
@@ -48,7 +57,7 @@ def compare(argv: Sequence[str]) -> list[Result]:
     """Run every method, print the table and how to look at the runs."""
     args = parse(argv)
     console = Console()
-    probes, notes = small_probes() if args.model == SMALL_LLAVA else text_probes(args.model, args.text)
+    probes, notes = small_probes() if args.model == SMALL_LLAVA else hub_probes(args)
     settings = settings_from(args, images=True)
     results = []
     for method in args.method:
@@ -57,12 +66,15 @@ def compare(argv: Sequence[str]) -> list[Result]:
             args.model,
             data=args.data,
             prompt=args.prompt,
-            batch_size=args.batch_size,
+            batch_size=settings.batch_size,
             test_size=args.test_size,
             seed=args.seed,
             image_column=args.image_column,
             caption_column=args.caption_column,
             split=args.split,
+            subset=args.subset,
+            max_edge=args.max_edge,
+            num_workers=args.num_workers,
         )
         results.append(run(method, settings, data, probes))
     show(results, notes, "New pictures described, and what is left of what the model knew", console)
@@ -79,10 +91,15 @@ def small_probes() -> tuple[Callable[[], Mapping[str, Probe]], dict[str, str]]:
     return probes, {"world": "facts", "vision": "old\nvision", "agreement": "agree-\nment"}
 
 
-def text_probes(model: str, text: str | None) -> tuple[Callable[[], Mapping[str, Probe]], dict[str, str]]:
-    """What any model knew: its perplexity on text without images, and its distributions there."""
+def hub_probes(args: argparse.Namespace) -> tuple[Callable[[], Mapping[str, Probe]], dict[str, str]]:
+    """What any model knew: its perplexity and its distributions on text without images, and its old pictures."""
+    model, text, old = args.model, args.text, args.old_data
 
     def probes() -> dict[str, Probe]:
-        return {"text": TextPerplexity(model, text), "agreement": TextAgreement(model, text)}
+        known: dict[str, Probe] = {"text": TextPerplexity(model, text), "agreement": TextAgreement(model, text)}
+        if old is not None:
+            known["vision"] = CaptionPerplexity(model, old, args.old_prompt or args.prompt, max_edge=args.max_edge)
+        return known
 
-    return probes, {"text": "text", "agreement": "agree-\nment"}
+    vision = {} if old is None else {"vision": "old\nvision"}
+    return probes, {"text": "text", **vision, "agreement": "agree-\nment"}

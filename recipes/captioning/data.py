@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from recipes.captioning.scenes import DESCRIBE, random_scene
@@ -55,14 +55,16 @@ class CaptionedImages(Dataset[Sample]):
     Args:
         folder: the folder.
         prompt: what the model is asked about each image.
+        max_edge: longer images are shrunk to this longest edge, in pixels; none if ``None``.
 
     Raises:
         FileNotFoundError: if there is no such file, or an image is missing; the message names it.
         ValueError: if a line has another form; the message names it.
     """
 
-    def __init__(self, folder: Path, prompt: str) -> None:
+    def __init__(self, folder: Path, prompt: str, max_edge: int | None = None) -> None:
         self.prompt = prompt
+        self.max_edge = max_edge
         file = folder / CAPTIONS
         if not file.is_file():
             raise FileNotFoundError(f'{folder} has no {CAPTIONS}: write a line {{"image": …, "caption": …}} an image')
@@ -89,7 +91,9 @@ class CaptionedImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         path, caption = self.rows[index]
         with Image.open(path) as image:
-            return Sample(self.prompt, caption.strip(), image.convert("RGB"))
+            # Cameras store how they were held beside the pixels.
+            turned = ImageOps.exif_transpose(image)
+        return Sample(self.prompt, caption.strip(), _in_colour(turned, self.max_edge))
 
 
 class HubImages(Dataset[Sample]):
@@ -101,26 +105,38 @@ class HubImages(Dataset[Sample]):
         prompt: what the model is asked about each image.
         image_column: the column of the images.
         caption_column: the column of the captions; of a list, the first counts.
+        subset: the configuration, of a data set that has several.
+        max_edge: as in :class:`CaptionedImages`.
 
     Raises:
         ModuleNotFoundError: if the package ``datasets`` is not installed.
-        ValueError: if there is no such column.
+        ValueError: if there is no such column, or a row has no image or no caption.
     """
 
-    def __init__(self, dataset: str, split: str, prompt: str, image_column: str, caption_column: str) -> None:
+    def __init__(
+        self,
+        dataset: str,
+        split: str,
+        prompt: str,
+        image_column: str,
+        caption_column: str,
+        subset: str | None = None,
+        max_edge: int | None = None,
+    ) -> None:
         try:
             from datasets import load_dataset
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"data={dataset!r} is no folder, and a hub data set needs: pip install datasets"
             ) from error
-        self.rows = load_dataset(dataset, split=split)
+        self.rows = load_dataset(dataset, subset, split=split)
         for argument, column in (("image_column", image_column), ("caption_column", caption_column)):
             if column not in self.rows.column_names:
                 raise ValueError(
                     f"{argument}={column!r} is no column of {dataset}: it has {', '.join(self.rows.column_names)}"
                 )
         self.prompt = prompt
+        self.max_edge = max_edge
         self.image_column = image_column
         self.caption_column = caption_column
 
@@ -129,9 +145,31 @@ class HubImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        caption = row[self.caption_column]
-        caption = caption if isinstance(caption, str) else caption[0]
-        return Sample(self.prompt, caption.strip(), row[self.image_column].convert("RGB"))
+        image, caption = row[self.image_column], row[self.caption_column]
+        if isinstance(caption, list) and caption:
+            caption = caption[0]
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"row {index}: caption_column={self.caption_column!r} holds no text but {caption!r}")
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"row {index}: image_column={self.image_column!r} holds no image but a {type(image).__name__}"
+            )
+        return Sample(self.prompt, caption.strip(), _in_colour(image, self.max_edge))
+
+
+def open_images(
+    data: str,
+    prompt: str,
+    split: str = "train",
+    image_column: str = "image",
+    caption_column: str = "caption",
+    subset: str | None = None,
+    max_edge: int | None = None,
+) -> CaptionedImages | HubImages:
+    """A folder's images if ``data`` is a folder, else those of a hub data set; the other arguments are theirs."""
+    if Path(data).is_dir():
+        return CaptionedImages(Path(data), prompt, max_edge)
+    return HubImages(data, split, prompt, image_column, caption_column, subset, max_edge)
 
 
 class CaptionData(pl.LightningDataModule):
@@ -149,6 +187,9 @@ class CaptionData(pl.LightningDataModule):
         caption_column: of a hub data set.
         split: of a hub data set.
         num_workers: processes that read images.
+        subset: the configuration of a hub data set that has several.
+        max_edge: longer images are shrunk to this longest edge, in pixels. Some models take images as they are:
+            Qwen2-VL makes a token of every 28×28 pixels, more than 15,000 of a photo of 12 megapixels.
     """
 
     def __init__(
@@ -164,10 +205,13 @@ class CaptionData(pl.LightningDataModule):
         caption_column: str = "caption",
         split: str = "train",
         num_workers: int = 0,
+        subset: str | None = None,
+        max_edge: int | None = None,
     ) -> None:
         super().__init__()
-        for argument, value in (("batch_size", batch_size), ("test_size", test_size)):
-            if value < 1:
+        sizes = {"batch_size": batch_size, "test_size": test_size, "train_size": train_size, "max_edge": max_edge}
+        for argument, value in sizes.items():
+            if value is not None and value < 1:
                 raise ValueError(f"{argument}={value} must be at least 1")
         self.model = model
         self.data = data
@@ -176,8 +220,13 @@ class CaptionData(pl.LightningDataModule):
         self.test_size = test_size
         self.train_size = train_size
         self.seed = seed
-        self.columns = (image_column, caption_column)
-        self.split = split
+        self.options: dict[str, Any] = {
+            "split": split,
+            "image_column": image_column,
+            "caption_column": caption_column,
+            "subset": subset,
+            "max_edge": max_edge,
+        }
         self.num_workers = num_workers
 
     def setup(self, stage: str) -> None:
@@ -197,18 +246,21 @@ class CaptionData(pl.LightningDataModule):
         if self.data == SCENES:
             learned = DrawnScenes(self.train_size or 20_000, self.seed, unseen=False)
             return learned, DrawnScenes(self.test_size, self.seed, unseen=True)
-        folder = Path(self.data)
-        images: Any = (
-            CaptionedImages(folder, self.prompt)
-            if folder.is_dir()
-            else HubImages(self.data, self.split, self.prompt, *self.columns)
-        )
+        images = open_images(self.data, self.prompt, **self.options)
         learned_from = len(images) - self.test_size
         if learned_from < 1:
-            raise ValueError(f"data={self.data!r} has {len(images)} images, and test_size={self.test_size} leaves none")
+            raise ValueError(
+                f"data={self.data!r} has {len(images)} images, and test_size={self.test_size} leaves none to learn from"
+            )
         count = min(learned_from, self.train_size or learned_from)
         return Subset(images, range(count)), Subset(images, range(learned_from, len(images)))
 
     def _loader(self, images: Any, **options: Any) -> DataLoader[Any]:
         collate: Callable[[list[Sample]], dict[str, Any]] = self.encoder
         return DataLoader(images, self.batch_size, collate_fn=collate, num_workers=self.num_workers, **options)
+
+
+def _in_colour(image: Image.Image, max_edge: int | None) -> Image.Image:
+    if max_edge is not None:
+        image.thumbnail((max_edge, max_edge), reducing_gap=2.0)
+    return image.convert("RGB")

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +37,9 @@ class Settings:
         lora_lr: peak learning rate of adapters.
         lora_rank: rank of the adapters.
         epochs: evaluations come after each.
+        batch_size: samples in a batch.
+        accumulate: batches whose gradients make one optimizer step.
+        clip: the norm that gradients are clipped to; not if ``None``.
         steps_per_epoch: optimizer steps in an epoch; ``None`` for all data.
         max_new_tokens: length of a generated answer.
         seed: of adapters and order.
@@ -54,6 +58,9 @@ class Settings:
     lora_lr: float
     lora_rank: int
     epochs: int
+    batch_size: int
+    accumulate: int
+    clip: float | None
     steps_per_epoch: int | None
     max_new_tokens: int
     seed: int
@@ -71,6 +78,7 @@ class Result:
     Attributes:
         method: what was run.
         exact_match: the share of held-out prompts that are answered right to the letter.
+        loss: mean negative log-likelihood of the held-out answers' tokens, in nats.
         retention: of each probe, by its name.
         trainable: number of parameters that train.
         memory: peak in bytes, as :class:`~recipes.generative.memory.PeakMemory` measures it.
@@ -79,6 +87,7 @@ class Result:
 
     method: str
     exact_match: float
+    loss: float
     retention: dict[str, float]
     trainable: int
     memory: int
@@ -89,6 +98,10 @@ def run(
     method: str, settings: Settings, data: pl.LightningDataModule, probes: Callable[[], Mapping[str, Probe]]
 ) -> Result:
     """Adapt the model with one method, and measure what it learned and what it kept."""
+    # A trainer and its module refer to each other, so the last method's are still there.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     pl.seed_everything(settings.seed, verbose=False)
     module = GenerativeModule(
         settings.model,
@@ -110,7 +123,9 @@ def run(
         callbacks=callbacks,
         logger=TensorBoardLogger(settings.log_dir, name=method),
         max_epochs=settings.epochs,
-        limit_train_batches=settings.steps_per_epoch,
+        limit_train_batches=settings.steps_per_epoch and settings.steps_per_epoch * settings.accumulate,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.clip,
         accelerator=settings.accelerator,
         devices=1,
         precision=settings.precision,
@@ -122,19 +137,15 @@ def run(
     started = time.perf_counter()
     trainer.fit(module, data)
     seconds = time.perf_counter() - started
-    result = Result(
+    return Result(
         method=method,
         exact_match=float(trainer.callback_metrics["val/exact_match"]),
+        loss=float(trainer.callback_metrics["val/loss"]),
         retention={name: forgetting.history[-1][f"forgetting/{name}/retention"] for name in forgetting.probes},
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
         memory=memory.bytes,
         seconds=seconds,
     )
-    del trainer, module, callbacks
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return result
 
 
 def low_kappa(module: GenerativeModule, max_params: float) -> KappaFreezeCallback:
@@ -153,15 +164,17 @@ def show(results: Sequence[Result], headers: Mapping[str, str], title: str, cons
         console: where to.
     """
     names = ", ".join(header.replace("-\n", "").replace("\n", " ") for header in headers.values())
-    table = Table(title=title, caption=f"{names}: retention, of which 1 means that nothing is lost")
+    caption = f"test nats: loss a token; {names}: retention, of which 1 means that nothing is lost"
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("method", no_wrap=True)
     table.add_column("exact\nmatch", justify="right")
-    for header in (*headers.values(), "trainable\nparameters", "peak\nMB", "seconds"):
+    for header in ("test\nnats", *headers.values(), "trainable\nparameters", "peak\nMB", "seconds"):
         table.add_column(header, justify="right")
     for result in results:
         table.add_row(
             result.method,
             f"{result.exact_match:.3f}",
+            f"{result.loss:.3f}",
             *(f"{result.retention[name]:.3f}" for name in headers),
             f"{result.trainable / 1e6:,.3g} M",
             f"{result.memory / 1e6:,.0f}",

@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PaliGemmaProcessor
 
 from kappa_lightning.metrics import IGNORED
+
+SHOWN_EDGE = 384
+"""Longest edge, in pixels, of a batch's images for TensorBoard: photos are slow to pass on and to draw."""
 
 
 class Sample(NamedTuple):
@@ -48,12 +52,21 @@ class Encoder:
         Returns:
             ``inputs``: what the model takes, of shape (batch, tokens) and whatever shape images have, and ``labels``
             of shape (batch, tokens), −100 everywhere but at the tokens of the answer and the end token after it;
-            ``prompt_length``: the number of columns before the answers; ``samples``: as they were given.
+            ``prompt_length``: the number of columns before the answers; ``samples``: with images that are small enough
+            to be shown.
+
+        Raises:
+            ValueError: if the model's kind of input is not supported, or only some of the samples have an image.
         """
         prompts = [self.prompt_text(sample) for sample in samples]
         encoded = self._encode_prompts(prompts, [sample.image for sample in samples])
         # PaliGemma's processor makes labels of its own, from the prompt.
         encoded.pop("labels", None)
+        if "cross_attention_mask" in encoded:
+            raise ValueError(
+                f"{type(self.processor).__name__} is of a model that sees by cross-attention, whose masks do not fit "
+                "padding on the left: choose a model that takes images as tokens"
+            )
         answers = [self.answer_ids(sample, prompt) for sample, prompt in zip(samples, prompts, strict=True)]
         width = max(map(len, answers))
         padding = [width - len(answer) for answer in answers]
@@ -62,8 +75,9 @@ class Encoder:
         tails = {
             "input_ids": ids,
             "attention_mask": mask,
-            # In PaliGemma 1 is what attends to the past only, which is what it generates.
-            "token_type_ids": torch.ones_like(ids),
+            # In PaliGemma 1 is what attends to the past only, which is what it generates; in Gemma 3 it is an image,
+            # whose tokens attend to each other, and 0 is text.
+            "token_type_ids": torch.full_like(ids, isinstance(self.processor, PaliGemmaProcessor)),
             # In Qwen-VL 0 is text.
             "mm_token_type_ids": torch.zeros_like(ids),
         }
@@ -77,14 +91,21 @@ class Encoder:
             inputs[name] = torch.cat([inputs[name], tails[name].to(inputs[name].dtype)], dim=1)
         nothing = torch.full(shape, IGNORED)
         inputs["labels"] = torch.cat([nothing, ids.masked_fill(mask == 0, IGNORED)], dim=1)
-        return {"inputs": inputs, "prompt_length": shape[1], "samples": list(samples)}
+        return {"inputs": inputs, "prompt_length": shape[1], "samples": [_shown(sample) for sample in samples]}
 
     def prompt_text(self, sample: Sample) -> str:
         """The prompt as text, in the chat template if there is one, up to where the answer begins."""
         if self._has_template:
             return str(self._apply_template([self._question(sample)], add_generation_prompt=True))
-        image = "" if sample.image is None else self.processor.image_token
-        return f"{image}{sample.prompt}"
+        if sample.image is None:
+            return sample.prompt
+        image_token = getattr(self.processor, "image_token", None)
+        if image_token is None:
+            raise ValueError(
+                f"{type(self.processor).__name__} has neither a chat template nor an image_token, so that nothing says "
+                "where the image goes: set its chat_template and save it with the model"
+            )
+        return f"{image_token}{sample.prompt}"
 
     def answer_ids(self, sample: Sample, prompt: str) -> list[int]:
         """The tokens of an answer and the end token.
@@ -146,6 +167,14 @@ class Encoder:
                 f"sample {missing[0]} of the batch has no image and others have: put them into batches apart"
             )
         return dict(self.processor(images=[[image] for image in images], text=prompts, **options))
+
+
+def _shown(sample: Sample) -> Sample:
+    if sample.image is None or max(sample.image.size) <= SHOWN_EDGE:
+        return sample
+    image = sample.image.copy()
+    image.thumbnail((SHOWN_EDGE, SHOWN_EDGE), reducing_gap=2.0)
+    return sample._replace(image=image)
 
 
 def sequence_keys(inputs: dict[str, Tensor]) -> list[str]:

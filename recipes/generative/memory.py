@@ -19,7 +19,8 @@ MEASURED_BATCHES = 3
 class PeakMemory(Callback):
     """The memory that tensors take in training, at its peak.
 
-    On a GPU it is what PyTorch's allocator measured (``torch.cuda.max_memory_allocated``) from fit start to fit end.
+    On a GPU it is the most that PyTorch's allocator measured (``torch.cuda.max_memory_allocated``) in a training step;
+    profiles, validation and probes, which come between the steps, do not count.
     On a CPU no allocator counts, and the resident set is that of the whole process, libraries and earlier runs
     included; so it is the sum of all parameters and buffers, their gradients, the optimizer's state, and the most
     that autograd saved for the backward pass of one of the first batches.
@@ -37,13 +38,13 @@ class PeakMemory(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.bytes = self.activations = 0
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         if pl_module.device.type != "cpu" or trainer.current_epoch > 0 or batch_idx >= MEASURED_BATCHES:
             return
         counter = SavedTensors(pl_module.parameters())
@@ -56,13 +57,19 @@ class PeakMemory(Callback):
         self._stop_counting()
 
     @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if pl_module.device.type == "cuda":
+            self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(pl_module.device))
+
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop_counting()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(pl_module.device)
             return
         held = [*pl_module.parameters(), *pl_module.buffers()]
         gradients = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]

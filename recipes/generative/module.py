@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -35,11 +36,13 @@ class GenerativeModule(pl.LightningModule):
             on every linear layer of the towers if ``None``.
         lora_lr: peak learning rate of the adapters.
         max_new_tokens: how long a generated answer may get.
-        dtype: the precision of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: the precision of the weights: ``float32`` or ``bfloat16``. In bfloat16 an update of less than about
+            1/512 of a weight is rounded away, so it takes a higher learning rate. In float16 AdamW would divide by
+            zero.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or the model does not continue its prompt (encoder and decoder).
     """
 
     def __init__(
@@ -60,12 +63,16 @@ class GenerativeModule(pl.LightningModule):
             raise ValueError(f"lora_rank={lora_rank} is negative: give 0 for none")
         if lora_max_params is not None and lora_rank == 0:
             raise ValueError(f"lora_max_params={lora_max_params} needs adapters: give a lora_rank of at least 1")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={dtype!r} is unknown: use 'float32', 'bfloat16' or 'float16'")
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r} cannot be trained in: use 'float32' or 'bfloat16'")
         self.save_hyperparameters()
         loader = AutoModelForImageTextToText if images else AutoModelForCausalLM
         self.model: Any = loader.from_pretrained(locate(model), dtype=getattr(torch, dtype)).train()
+        if self.model.config.is_encoder_decoder:
+            raise ValueError(f"model={model!r} has an encoder for its prompt: choose one that continues the prompt")
         self.encoder = load_encoder(model, images)
+        forward = inspect.signature(self.model.forward).parameters
+        self._takes_positions = not images and "position_ids" in forward
         if gradient_checkpointing:
             # The reentrant kind finds no gradient behind a frozen prefix.
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -82,19 +89,29 @@ class GenerativeModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The mean negative log-likelihood of the answers' tokens, in nats."""
-        loss: Tensor = self.model(**batch["inputs"]).loss
+        loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["samples"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss, and the share of prompts whose generated answer is the right one to the letter."""
         samples = batch["samples"]
-        self.log("val/loss", self.model(**batch["inputs"]).loss, batch_size=len(samples))
+        self.log("val/loss", self.loss(batch), batch_size=len(samples))
         answers = self.generate(batch)
         right = [answer == sample.answer.strip() for answer, sample in zip(answers, samples, strict=True)]
         self.log("val/exact_match", sum(right) / len(right), prog_bar=True, batch_size=len(samples))
         if batch_idx == 0 and not self.trainer.sanity_checking:
             self._show(samples, answers)
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """The mean negative log-likelihood of the answers' tokens of a batch, in nats."""
+        inputs = batch["inputs"]
+        if self._takes_positions:
+            # As in generation, the first token is at 0; GPT-2 would count the padding before it.
+            positions = inputs["attention_mask"].cumsum(1) - 1
+            inputs = {**inputs, "position_ids": positions.clamp_min(0)}
+        loss: Tensor = self.model(**inputs).loss
+        return loss
 
     def generate(self, batch: dict[str, Any]) -> list[str]:
         """The likeliest answer, token by token, to each prompt of a batch."""
@@ -174,11 +191,14 @@ def add_adapters(model: nn.Module, towers: Towers, rank: int, max_params: float 
 
 
 def _adaptable(model: nn.Module, names: list[str]) -> list[str]:
-    """The tensors that an adapter can be put on: weights of linear layers, and stacks of experts."""
+    """The tensors that an adapter can be put on: weights of linear layers, and stacks of experts.
+
+    A bare parameter of shape (1, rows, cols), such as the position embeddings of a vision tower, is no such stack.
+    """
     layers = dict(model.named_modules())
     return [
         name
         for name in names
         if isinstance(layers[name.rpartition(".")[0]], nn.Linear)
-        or (not name.endswith(".weight") and model.get_parameter(name).ndim == 3)
+        or (not name.endswith(".weight") and model.get_parameter(name).ndim == 3 and len(model.get_parameter(name)) > 1)
     ]

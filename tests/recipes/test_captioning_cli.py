@@ -1,6 +1,8 @@
+import weakref
 from functools import partial
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 from families import make
@@ -8,7 +10,9 @@ from families import make
 import recipes.captioning.small_llava
 from recipes.captioning.__main__ import main
 from recipes.captioning.cli import lightning_cli
+from recipes.captioning.compare import compare, parse
 from recipes.generative import small_models
+from recipes.generative.arguments import settings_from
 from recipes.generative.pretraining import Schooling
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -87,6 +91,8 @@ def test_configurations_of_hub_models_run_on_a_tiny_checkpoint_of_the_family(
     assert cli.trainer.current_epoch == 1
     assert callbacks["KappaFreezeCallback"].trained_names
     assert callbacks["ForgettingEval"].baseline["agreement"] == 1.0
+    kept = callbacks["ForgettingEval"].history[-1]["forgetting/retention"]
+    assert callbacks["ModelCheckpoint"].best_model_path.endswith(f"-kept={kept:.3f}.ckpt")
 
 
 def test_help_of_both_command_lines_names_what_matters(capsys):
@@ -107,6 +113,9 @@ def test_help_of_both_command_lines_names_what_matters(capsys):
         (["--text", "nowhere.txt"], "--text: there is no file nowhere.txt"),
         (["--max-params", "1.5"], "--max-params: 1.5 is not a share"),
         (["--epochs", "0"], "--epochs: 0 must be at least 1"),
+        (["--test-size", "0"], "--test-size: 0 must be at least 1"),
+        (["--text", __file__], "--text: small-llava knows no words"),
+        (["--old-data", "pictures"], "--old-data: small-llava has old pictures"),
         (["--method", "half"], "invalid choice"),
     ],
 )
@@ -115,3 +124,41 @@ def test_bad_option_is_a_usage_error(capsys, arguments, message):
         main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_comparison_of_a_hub_model_keeps_text_and_old_pictures_and_one_model_at_a_time(
+    tmp_path, pictures, monkeypatch, capsys
+):
+    folder = str(make("llava", tmp_path))
+    modules, alive, fit = [], [], pl.Trainer.fit
+
+    def counted(trainer, module, *args, **kwargs):
+        alive.append(sum(reference() is not None for reference in modules))
+        modules.append(weakref.ref(module))
+        return fit(trainer, module, *args, **kwargs)
+
+    monkeypatch.setattr(pl.Trainer, "fit", counted)
+    text = tmp_path / "wiki.txt"
+    text.write_text("a red dog runs . this is a blue cat . " * 400, encoding="utf-8")
+    options = ["--model", folder, "--data", pictures, "--old-data", pictures, "--prompt", "what is this ?"]
+    options += ["--text", str(text), "--log-dir", str(tmp_path / "runs"), "--accelerator", "cpu"]
+    options += ["--epochs", "1", "--batch-size", "2", "--test-size", "2", "--max-new-tokens", "3"]
+    results = compare([*options, "--method", "full", "kappa"])
+    assert alive == [0, 0]
+    for result in results:
+        assert result.retention.keys() == {"text", "vision", "agreement"}
+        assert result.loss > 0
+    # The old pictures are the new ones here.
+    assert results[0].retention["vision"] > 1
+    assert "nats" in capsys.readouterr().out
+
+
+def test_large_models_get_small_batches_and_long_answers(tmp_path):
+    small, large = (settings_from(parse(arguments), images=True) for arguments in ([], ["--model", "a/b"]))
+    assert (small.batch_size, small.accumulate, small.clip, small.max_new_tokens, small.steps_per_epoch) == (
+        32, 1, None, 16, 40,
+    )  # fmt: skip
+    assert (large.batch_size, large.accumulate, large.clip, large.max_new_tokens, large.steps_per_epoch) == (
+        4, 4, 1.0, 64, None,
+    )  # fmt: skip
+    assert settings_from(parse(["--model", "a/b", "--clip", "0"]), images=True).clip is None

@@ -1,10 +1,12 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from families import make
 from PIL import Image
 
-from recipes.captioning.data import CaptionData, CaptionedImages
+from recipes.captioning.data import CaptionData, CaptionedImages, HubImages
 
 
 def folder_of(tmp_path, *lines):
@@ -54,3 +56,47 @@ def test_too_few_images_are_an_error(tmp_path):
     data = CaptionData(str(make("llava", tmp_path)), data=str(folder_of(tmp_path, *lines)), test_size=2)
     with pytest.raises(ValueError, match="has 1 images, and test_size=2 leaves none"):
         data.setup("fit")
+
+
+def test_photo_is_turned_as_the_camera_was_held(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: the first row of pixels is the right-hand side
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "held.jpg", exif=exif)
+    images = CaptionedImages(folder_of(tmp_path, '{"image": "held.jpg", "caption": "a cat"}'), prompt="")
+    assert images[0].image.size == (4, 8)
+
+
+def test_longer_images_are_shrunk(tmp_path):
+    Image.new("RGB", (80, 20), "red").save(tmp_path / "long.png")
+    lines = [json.dumps({"image": name, "caption": "a cat"}) for name in ("long.png", "a.png")]
+    images = CaptionedImages(folder_of(tmp_path, *lines), prompt="", max_edge=40)
+    assert [sample.image.size for sample in images] == [(40, 10), (8, 8)]
+
+
+class Rows(list):
+    column_names = ("image", "caption")
+
+
+def hub_images(monkeypatch, *rows):
+    loaded = Rows({"image": image, "caption": caption} for image, caption in rows)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, subset, split: loaded))
+    return HubImages("some/pictures", "train", "what is it ?", "image", "caption")
+
+
+def test_rows_of_a_hub_data_set_give_the_first_of_their_captions(monkeypatch):
+    picture = Image.new("L", (8, 8))
+    images = hub_images(monkeypatch, (picture, " a cat "), (picture, ["a dog", "it runs"]))
+    assert [images[0].answer, images[1].answer] == ["a cat", "a dog"]
+    assert images[0].image.mode == "RGB"
+
+
+@pytest.mark.parametrize("caption", [None, "", [], 3])
+def test_row_without_a_caption_is_named(monkeypatch, caption):
+    images = hub_images(monkeypatch, (Image.new("L", (8, 8)), caption))
+    with pytest.raises(ValueError, match="row 0: caption_column='caption' holds no text"):
+        images[0]
+
+
+def test_row_without_an_image_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="row 0: image_column='image' holds no image but a str"):
+        hub_images(monkeypatch, ("http://a.png", "a cat"))[0]

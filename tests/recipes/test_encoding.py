@@ -1,10 +1,10 @@
 import pytest
 import torch
-from families import FAMILIES, make
+from families import FAMILIES, image_processor, make, tokenizer_of
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Gemma3Processor
 
-from recipes.generative.encoding import Encoder, Sample, prompt_of
+from recipes.generative.encoding import SHOWN_EDGE, Encoder, Sample, prompt_of
 
 PICTURES = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 20), "blue")
 SAMPLES = [
@@ -114,3 +114,47 @@ def test_tokenizer_without_an_end_token_is_an_error(tmp_path):
     processor.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="has no end token"):
         Encoder(processor)
+
+
+GEMMA_TEMPLATE = (
+    "<bos> {% for message in messages %}<start_of_turn> {{ message['role'] }} "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<start_of_image> {% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %} <end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn> assistant {% endif %}"
+)
+
+
+def test_answers_of_gemma_3_are_text_and_no_image_whose_tokens_see_each_other():
+    marks = ["<start_of_image>", "<end_of_image>", "<start_of_turn>", "<end_of_turn>"]
+    tokenizer = tokenizer_of(
+        ["<image>", *marks], bos="<bos>", eos="<eos>", first=True,
+        extra_special_tokens={"image_token": "<image>", "boi_token": marks[0], "eoi_token": marks[1]},
+    )  # fmt: skip
+    images = image_processor("Gemma3ImageProcessor", size={"height": 16, "width": 16}, do_pan_and_scan=False)
+    processor = Gemma3Processor(images, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
+    inputs = Encoder(processor)(SAMPLES)["inputs"]
+    image = inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")
+    assert image.sum() == 8
+    assert torch.equal(inputs["token_type_ids"].bool(), image)
+
+
+def test_batch_carries_photos_small_enough_to_be_shown(encoder):
+    photo = Image.new("RGB", (4 * SHOWN_EDGE, SHOWN_EDGE), "red")
+    (sample,) = encoder([Sample("what is this ?", "a dog .", photo)])["samples"]
+    assert sample.image.size == (SHOWN_EDGE, SHOWN_EDGE // 4)
+    assert photo.size == (4 * SHOWN_EDGE, SHOWN_EDGE)
+    assert encoder(SAMPLES)["samples"] == SAMPLES
+
+
+def test_processor_that_does_not_say_where_the_image_goes_is_an_error(tmp_path):
+    processor = AutoProcessor.from_pretrained(make("llava", tmp_path))
+    processor.chat_template = processor.image_token = None
+    with pytest.raises(ValueError, match="neither a chat template nor an image_token"):
+        Encoder(processor)(SAMPLES)
+
+
+def test_cross_attention_is_an_error(encoder, monkeypatch):
+    encoded = {"input_ids": torch.ones(2, 3), "cross_attention_mask": torch.ones(2, 3, 1, 4)}
+    monkeypatch.setattr(encoder, "_encode_prompts", lambda prompts, images: encoded)
+    with pytest.raises(ValueError, match="sees by cross-attention"):
+        encoder(SAMPLES)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from families import FAMILIES, PROJECTORS, data_of, fit, make
+from transformers import Pix2StructConfig, Pix2StructForConditionalGeneration
 
 from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaProfile
 from recipes.generative.comparison import low_kappa
@@ -122,3 +123,12 @@ def test_precision_and_checkpointing_of_the_large_configurations(model, pictures
     fit(tmp_path, module, data_of(model, pictures), freeze, max_epochs=1, precision="bf16-true")
     assert moved(module, before)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+
+
+def test_encoder_and_decoder_are_an_error(tmp_path):
+    sizes = {"num_layers": 1, "num_hidden_layers": 1, "hidden_size": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2}
+    sizes |= {"num_attention_heads": 2}
+    config = Pix2StructConfig(text_config={**sizes, "vocab_size": 9}, vision_config=sizes, is_encoder_decoder=True)
+    Pix2StructForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has an encoder for its prompt"):
+        GenerativeModule(str(tmp_path))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -78,3 +80,18 @@ def test_freezing_a_vision_language_model_lets_go_of_activations(tmp_path, pictu
         peaks[towers] = memory
     assert peaks["language"].activations < peaks["both"].activations
     assert peaks["language"].bytes < peaks["both"].bytes
+
+
+def test_on_a_gpu_only_training_steps_count(monkeypatch):
+    allocated = {"now": 0, "peak": 0}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.update(peak=allocated["now"]))
+    module, memory = SimpleNamespace(device=torch.device("cuda")), PeakMemory()
+    memory.on_fit_start(None, module)
+    for before, step in ((900, 50), (40, 70), (800, 60)):
+        allocated["peak"] = before  # of a validation
+        memory.on_train_batch_start(None, module, None, 0)
+        allocated["peak"] = max(allocated["peak"], step)
+        memory.on_train_batch_end(None, module, None, None, 0)
+    memory.on_train_end(None, module)
+    assert memory.bytes == 70

@@ -2,10 +2,12 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes import new_task
 from recipes.generative import small_models
 from recipes.generative.encoding import Encoder
+from recipes.generative.module import GenerativeModule
 from recipes.generative.pretraining import Schooling
 from recipes.generative.world import NUMBERS, facts, word_tokenizer
 from recipes.new_task import read_answers, sorting_samples
@@ -86,3 +88,17 @@ def test_small_model_depends_on_its_seed_alone(tmp_path):
     folders.append(new_task.small_llama(tmp_path / "third", [], schooling))
     assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
     assert len({folder.name for folder in folders}) == 1
+
+
+def test_padding_does_not_move_positions_that_are_learned(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(["sort two one zero :"])
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    module = GenerativeModule(str(tmp_path), images=False).eval()
+    samples = [new_task.Sample("sort two one zero :", "one two"), new_task.Sample("sort :", "one")]
+    together = module.loss(module.encoder(samples))
+    apart = [module.loss(module.encoder([sample])) for sample in samples]
+    # Three and two tokens, end tokens included.
+    torch.testing.assert_close(together, (3 * apart[0] + 2 * apart[1]) / 5)
