@@ -28,6 +28,9 @@ def answers_figure(samples: Sequence[Sample], answers: Sequence[str]) -> Figure:
     for axes, sample, answer in zip(grid.flat, samples, answers, strict=False):
         assert sample.image is not None
         right = answer == sample.answer.strip()
+        axes.set_axis_on()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("lightgrey")
         axes.imshow(np.asarray(sample.image.convert("RGB")))
         axes.set_title(_wrapped(answer or "(nothing)"), fontsize=8, color="green" if right else "red")
         if not right:
