@@ -1,6 +1,7 @@
 """The rungs that read κ off a factor: Cholesky of the Gram matrix, LU, and QR."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,19 +9,27 @@ from torch import Tensor
 from kappa_lightning.spectra.factor import (
     Factor,
     fill_pivots,
+    full_precision_products,
     gram_cholesky,
     lu_factor,
+    mirror_upper,
     qr_factor,
     relative_backward_error,
     triangular_factor,
 )
 from kappa_lightning.spectra.lanczos import largest_eigenvalue
+from kappa_lightning.spectra.rotation import dominant_rotation
 from kappa_lightning.spectra.scaling import TallMatrices
 from kappa_lightning.spectra.svd import is_rank_deficient, rounding_error
 from kappa_lightning.spectra.values import Values
 
 SMALLEST_LANCZOS = 48
 """The block size leaves no room for Lanczos in fewer columns."""
+
+# Of the wanted error, what a factor may use up; the rest is for Lanczos.
+_FACTOR_SHARE = 0.6
+# Below this share a sharper bound would cost more time than the steps of Lanczos that it saves.
+_GOOD_FACTOR = 0.45
 
 
 def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dtype, lanczos_from: int) -> Values:
@@ -30,13 +39,24 @@ def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dty
         matrices: shape (count, m, n).
         rows: how many rows to convert at a time.
         rtol: wanted relative error of κ.
-        dtype: precision of the factor; in float32 the measured bound is sharpened by a second reading of A.
+        dtype: precision of the factor; in float32 the dominant directions are set apart first, and the measured bound
+            is sharpened by a second reading of A if it has to be.
         lanczos_from: number of columns from which on Lanczos runs instead of a full decomposition of R.
     """
-    gram, upper, found = gram_cholesky(matrices, dtype, rows)
-    powers = 2 if dtype == torch.float32 else 1
-    factor = triangular_factor(upper, lambda block: block @ gram)
-    error, norm_squared = relative_backward_error(_reader(matrices, rows), factor, powers)
+    if dtype == torch.float32 and matrices.cols >= SMALLEST_LANCZOS:
+        # As many bytes at a time as in float64.
+        with full_precision_products(dtype):
+            rotation = dominant_rotation(matrices, 2 * rows)
+        _, upper, found = gram_cholesky(matrices, dtype, 2 * rows, rotation)
+        factor = triangular_factor(upper)
+        measured = factor.rotated_back(rotation)
+        error, norm_squared = relative_backward_error(
+            _reader(matrices, rows), measured, powers=2, enough=_GOOD_FACTOR * rtol
+        )
+    else:
+        gram, upper, found = gram_cholesky(matrices, dtype, rows)
+        factor = triangular_factor(upper, mirror_upper(gram).to(torch.float64))
+        error, norm_squared = relative_backward_error(_reader(matrices, rows), factor, powers=1)
     return _read_off_if_close(matrices, factor, error.masked_fill(~found, torch.inf), norm_squared, rtol, lanczos_from)
 
 
@@ -81,7 +101,7 @@ def _read_off_if_close(
     matrices: TallMatrices, factor: Factor, error: Tensor, norm_squared: Tensor, rtol: float, lanczos_from: int
 ) -> Values:
     """Read the values off, unless the spectrum of no member's factor could show anything."""
-    if bool((error < rtol).any()):
+    if bool((error < _FACTOR_SHARE * rtol).any()):
         return _read_off(matrices, factor, error, norm_squared, rtol, lanczos_from)
     nothing = torch.full_like(error, torch.inf)
     return Values(nothing, nothing, nothing, nothing, nothing)
@@ -91,7 +111,7 @@ def _read_off(
     matrices: TallMatrices, factor: Factor, error: Tensor, norm_squared: Tensor, rtol: float, lanczos_from: int
 ) -> Values:
     """Find the ends of R's spectrum and bound the error of κ: R against A, Ritz values against R, and rounding."""
-    count, n = matrices.count, matrices.cols
+    n = matrices.cols
     stretch = ((1 + error) / (1 - error)).sqrt()
 
     if n < max(lanczos_from, SMALLEST_LANCZOS):
@@ -99,21 +119,25 @@ def _read_off(
         sigma_max, sigma_min = sigma[..., 0], sigma[..., -1]
         width = torch.ones_like(sigma_max)
     else:
-        # Both widths are those of squares, so they may add up to 2·rtol; what the top leaves is for the bottom.
-        budget = 1.9 * min(rtol, 0.1)
-        device = error.device
+        # Both widths are those of squares, so they may add up to twice what the factor leaves of rtol; what the top
+        # leaves is for the bottom.
+        wanted = min(rtol, 0.1)
+        usable = error.masked_fill(error >= _FACTOR_SHARE * wanted, 0.0)
+        budget = 1.9 * (wanted - float(usable.max()))
         top_share = 0.8 * budget
-        largest, largest_upper = largest_eigenvalue(factor.gram, n, count, device=device, tolerance=top_share)
-        left = (budget - (largest_upper / largest - 1)).clamp(budget - top_share, top_share).min()
-        smallest, smallest_upper = largest_eigenvalue(
-            lambda block: factor.solve(factor.solve_transposed(block)),
+        gram32 = None if factor.gram32 is None else factor.gram32()
+        largest, top, largest_upper = _largest(factor.gram, gram32, error, n, top_share, torch.zeros_like)
+        left = (budget - (largest_upper / largest - 1)).clamp(min=budget - top_share).min()
+        smallest, bottom, smallest_upper = _largest(
+            factor.inverse,
+            factor.inverse32,
+            error,
             n,
-            count,
-            device=device,
-            tolerance=float(left),
-            roundoff=lambda top: rounding_error((largest * top).sqrt(), n),
+            float(left),
+            lambda top: rounding_error((largest * top).sqrt(), n),
         )
-        sigma_max, sigma_min = largest.sqrt(), smallest.rsqrt()
+        # The true values and the Ritz values lie between the ends.
+        sigma_max, sigma_min = top.sqrt(), bottom.rsqrt()
         width = (largest_upper / largest * (smallest_upper / smallest)).sqrt()
 
     rounding = rounding_error(sigma_max / sigma_min, n)
@@ -128,3 +152,21 @@ def _read_off(
         exact = stretch - 1 + rounding_error(sigma_max / sigma_min, n)
         attained = torch.where(crowded, exact, attained)
     return Values(sigma_max, sigma_min, factor.log_volume, norm_squared.sqrt(), attained.nan_to_num(nan=torch.inf))
+
+
+def _largest(
+    operator: Callable[[Tensor], Tensor],
+    operator32: Callable[[Tensor], Tensor] | None,
+    like: Tensor,
+    size: int,
+    tolerance: float,
+    roundoff: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bracket the largest eigenvalue from a float32 run if there may be one and it settles, or from one in float64."""
+    run = partial(largest_eigenvalue, size=size, batch=len(like), device=like.device, tolerance=tolerance)
+    if operator32 is not None:
+        with full_precision_products(torch.float32):
+            lower, ritz, upper = run(operator32, roundoff=roundoff, exact=operator)
+        if bool((upper <= (1 + tolerance) * lower).all()):
+            return lower, ritz, upper
+    return run(operator, roundoff=roundoff)
