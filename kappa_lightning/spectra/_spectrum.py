@@ -51,7 +51,9 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     Lanczos at both ends of its spectrum, a measured bound for the factor
     (:func:`~kappa_lightning.spectra.factor.relative_backward_error`)
     and one for the ends (:func:`~kappa_lightning.spectra.certificate.largest_eigenvalue_interval`); a matrix for
-    which they do not add up to ``rtol`` goes one rung up. The bounds hold except with a probability below 1e-9 over
+    which they do not add up to ``rtol`` goes one rung up. From a float32 factor only the directions are taken; the
+    values are then those of the matrix itself in them (:func:`~kappa_lightning.spectra.ritz.extreme_ritz_values`), in
+    float64. The bounds hold except with a probability below 1e-9 over
     the random blocks, which are the same in every call: equal weights give equal κ, and no random number generator is
     touched.
 

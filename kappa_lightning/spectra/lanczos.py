@@ -1,6 +1,7 @@
 """Block Lanczos for the largest eigenvalue of a positive semidefinite operator, with a bracket that holds."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,34 @@ _ORTHONORMAL = 0.9
 _START_SEED = 0x6B61_7070
 
 
+@dataclass(frozen=True, slots=True)
+class LargestEigenvalue:
+    """What a run of block Lanczos knows about the largest eigenvalue of each operator of a batch.
+
+    Attributes:
+        lower: no eigenvalue is the largest below this; shape (batch,).
+        ritz: the largest Ritz value, far closer than the ends; ``lower`` itself unless the run was in float32.
+        upper: none is above this; further away than asked, or inf, where the run did not settle within its steps.
+        basis: the rows of Q₁ … Q_k, shape (batch, 16k, n), in the run's precision.
+        tridiagonal: T, shape (batch, 16k, 16k), float64.
+    """
+
+    lower: Tensor
+    ritz: Tensor
+    upper: Tensor
+    basis: Tensor
+    tridiagonal: Tensor
+
+    def ritz_vectors(self, count: int) -> Tensor:
+        """Return the vectors of the largest Ritz values as rows, shape (batch, count, n), float64.
+
+        They are orthonormal up to the rounding of the run's precision.
+        """
+        coordinates = torch.linalg.eigh(self.tridiagonal).eigenvectors[..., -count:].mT
+        vectors: Tensor = coordinates.to(self.basis.dtype) @ self.basis
+        return vectors.to(torch.float64)
+
+
 def largest_eigenvalue(
     operator: Callable[[Tensor], Tensor],
     size: int,
@@ -30,7 +59,7 @@ def largest_eigenvalue(
     tolerance: float,
     roundoff: Callable[[Tensor], Tensor] = torch.zeros_like,
     exact: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> LargestEigenvalue:
     """Bracket the largest eigenvalue of a batch of symmetric positive semidefinite operators.
 
     Sixteen vectors at a time, with full reorthogonalisation, because the block is what makes both the matrix products
@@ -50,10 +79,8 @@ def largest_eigenvalue(
             recurrence is measured with it.
 
     Returns:
-        Lower end, Ritz value and upper end, each of shape (batch,); see
-        :func:`.certificate.largest_eigenvalue_interval`. The Ritz value, far closer than the ends, is itself the lower
-        one unless the run was in float32. The upper end may be further away than asked, or inf, where the run did not
-        settle within its steps. They are 0, 0 and inf for an operator whose numbers overflow.
+        The ends of :func:`.certificate.largest_eigenvalue_interval`, and the Ritz value with its vectors. Lower end,
+        Ritz value and upper end are 0, 0 and inf for an operator whose numbers overflow.
     """
     # The basis must keep room for one more block, or there is nothing left to be orthogonal to.
     steps = min(MAX_STEPS, size // BLOCK - 1)
@@ -110,7 +137,7 @@ def largest_eigenvalue(
         upper = upper.masked_fill(lost, torch.inf)
         if bool((lost | (upper <= (1 + tolerance) * lower)).all()):
             break
-    return lower, ritz, upper
+    return LargestEigenvalue(lower, ritz, upper, basis[:, :done], known)
 
 
 def _measured_interval(
