@@ -181,9 +181,10 @@ def measure(run: Callable[[Tensor], list[float]], matrices: Sequence[Tensor]) ->
     return Measurement(seconds, peak[0])
 
 
-def largest_error(weights: list[Tensor], limit: int | None) -> float:
-    """The largest relative error of spectrum's κ against float64 singular values of the tall orientation."""
-    worst = 0.0
+def largest_errors(weights: list[Tensor], limit: int | None) -> dict[str, float]:
+    """The largest relative errors of κ, spectrum's and PEFT's, against float64 singular values of the tall matrix."""
+    runs = {label: COMPETITORS[label] for label in ("spectrum", "PEFT selector")}
+    worst = dict.fromkeys(runs, 0.0)
     seen: dict[tuple[int, ...], int] = {}
     for tensor in weights:
         for matrix in tensor.reshape(-1, *tensor.shape[-2:]):
@@ -194,7 +195,8 @@ def largest_error(weights: list[Tensor], limit: int | None) -> float:
             tall = matrix if shape[0] >= shape[1] else matrix.mT
             sigma = torch.linalg.svdvals(tall.double())
             true = float(sigma[0] / sigma[-1])
-            worst = max(worst, abs(float(spectrum(matrix).kappa) - true) / true)
+            for label, run in runs.items():
+                worst[label] = max(worst[label], abs(run(matrix)[0] - true) / true)
     return worst
 
 
@@ -220,12 +222,12 @@ def compare(name: str, weights: list[Tensor], limit: int | None, repeats: int) -
             total[label].seconds += factor * fastest.seconds
             total[label].peak_bytes = max(total[label].peak_bytes, *(turn[label].peak_bytes for turn in turns))
             print(f"{name} {shape}: {label} {fastest.seconds:.3f} s", file=sys.stderr, flush=True)
-    error = largest_error(weights, limit)
+    errors = largest_errors(weights, limit)
     ours = total["spectrum"].seconds
     about = "~" if scaled else ""
     return [
         f"| {name} | {label} | {about}{m.seconds:.3g} | {m.seconds / ours:.2f} | {m.peak_bytes / 2**20:.0f} "
-        f"| {f'{error:.1e}' if label == 'spectrum' else ''} |"
+        f"| {f'{errors[label]:.1e}' if label in errors else ''} |"
         for label, m in total.items()
     ]
 

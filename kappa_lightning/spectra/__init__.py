@@ -1,8 +1,8 @@
 """A batch of matrices → their condition numbers to a guaranteed relative error; torch only.
 
 The way of a batch: :mod:`_spectrum` checks it, :mod:`scaling` orients and scales it, :mod:`ladder` chooses the rungs,
-:mod:`factored` and :mod:`svd` are the rungs, :mod:`factor` and :mod:`lanczos` their parts, :mod:`certificate` the
-argument that a value found is the extreme one.
+:mod:`factored` and :mod:`svd` are the rungs, :mod:`factor`, :mod:`rotation`, :mod:`lanczos` and :mod:`ritz` their
+parts, :mod:`certificate` the argument that a value found is the extreme one.
 """
 
 from kappa_lightning.spectra._spectrum import Spectrum, check_options, condition_number, spectrum

@@ -21,7 +21,9 @@ class Spectrum:
             cols)·eps·σ_max.
         sigma_max: largest singular value, in the unit of the entries.
         sigma_min: the smallest of the min(rows, cols) singular values; 0 when rank-deficient.
-        log_volume: Σ ln σ_i over min(rows, cols) values, in nats; −inf when rank-deficient.
+        log_volume: Σ ln σ_i over min(rows, cols) values, in nats; −inf when rank-deficient. Its error is at most rtol
+            nats for each value, and that of float64 unless a float32 factor was enough for κ: then 4e-5 nats were
+            seen for a 2000×1900 matrix.
         frobenius_norm: √Σ σ_i², in the unit of the entries.
         rtol: the relative error of κ that is guaranteed; 0 when rank-deficient. Above the request only where a float64
             decomposition cannot give it, that is for κ above about rtol / (√n·1e-15).
@@ -49,14 +51,16 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     Lanczos at both ends of its spectrum, a measured bound for the factor
     (:func:`~kappa_lightning.spectra.factor.relative_backward_error`)
     and one for the ends (:func:`~kappa_lightning.spectra.certificate.largest_eigenvalue_interval`); a matrix for
-    which they do not add up to ``rtol`` goes one rung up. The bounds hold except with a probability below 1e-9 over
+    which they do not add up to ``rtol`` goes one rung up. From a float32 factor only the directions are taken; the
+    values are then those of the matrix itself in them (:func:`~kappa_lightning.spectra.ritz.extreme_ritz_values`), in
+    float64. The bounds hold except with a probability below 1e-9 over
     the random blocks, which are the same in every call: equal weights give equal κ, and no random number generator is
     touched.
 
     The input is neither modified nor kept, and no gradient flows.
 
     Args:
-        matrix: shape (..., rows, cols), any real floating dtype. float64 is used within whatever the dtype.
+        matrix: shape (..., rows, cols), any real floating dtype. What is shown is shown in float64 whatever the dtype.
         rtol: wanted relative error of κ.
         solver: ``"auto"``, or ``"svd"`` for all singular values in float64.
         memory_budget: bytes of working memory, by default a quarter of what is free on the matrix's device.

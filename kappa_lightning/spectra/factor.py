@@ -2,22 +2,26 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kappa_lightning.spectra.certificate import OVERLAP, gaussian_block
+from kappa_lightning.spectra.rotation import Rotation
 from kappa_lightning.spectra.scaling import TallMatrices
 
 _PROBE_SEED = 0x6C69_6768
-# Column blocks of the Gram matrix; below the diagonal it is copied, which saves up to 7/16 of the work of a full
+# Column blocks of the Gram matrix; nothing is computed below them, which saves up to 7/16 of the work of a full
 # product.
 _GRAM_BLOCKS = 8
 _NARROWEST_GRAM_BLOCK = 256
 # Batched LAPACK-like kernels of a GPU are written for small matrices; above this order a loop of single calls is
 # faster.
 _LARGEST_BATCHED_ORDER = 512
+
+Operator = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,8 @@ class Factor:
         gram: X ↦ XAᵀA or XRᵀR, whichever is at hand.
         log_volume: ln |det R|, shape (count,).
         matrix: shape (count, n, n), with the singular values of R.
+        gram32: makes ``gram`` for float32 vectors, on devices that gain by it.
+        inverse32: X ↦ (R⁻¹R⁻ᵀXᵀ)ᵀ for float32 vectors, where R came from float32.
     """
 
     solve: Callable[[Tensor], Tensor]
@@ -39,9 +45,28 @@ class Factor:
     gram: Callable[[Tensor], Tensor]
     log_volume: Tensor
     matrix: Tensor
+    gram32: Callable[[], Operator] | None = None
+    inverse32: Operator | None = None
+
+    def inverse(self, block: Tensor) -> Tensor:
+        """X ↦ (R⁻¹R⁻ᵀXᵀ)ᵀ."""
+        return self.solve(self.solve_transposed(block))
+
+    def rotated_back(self, rotation: Rotation) -> "Factor":
+        """Return RHᵀ, which stands for A if R stands for AH."""
+        return replace(
+            self,
+            solve=lambda block: rotation.back(self.solve(block)),
+            solve_transposed=lambda block: self.solve_transposed(rotation.of_rows(block.clone())),
+            gram=lambda block: rotation.back(self.gram(rotation.of_rows(block.clone()))),
+            gram32=None,
+            inverse32=None,
+        )
 
 
-def gram_cholesky(matrices: TallMatrices, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def gram_cholesky(
+    matrices: TallMatrices, dtype: torch.dtype, rows: int, rotation: Rotation | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Factor by Cholesky of the Gram matrix, accumulated over blocks of rows.
 
     The fastest factor there is on every device, since nearly all of it is a matrix product; it works on the square of
@@ -51,27 +76,39 @@ def gram_cholesky(matrices: TallMatrices, dtype: torch.dtype, rows: int) -> tupl
         matrices: shape (count, m, n).
         dtype: float32 or float64, the precision of the products and of the factorisation.
         rows: how many rows to convert at a time; bounds the extra memory to count·rows·n numbers beside G and R.
+        rotation: an orthogonal H, to factor AH in place of A.
 
     Returns:
-        The float64 Gram matrices, shape (count, n, n), the upper triangular float64 factors, same shape, and whether
-        the factorisation went through, shape (count,). Where it did not, R is the identity.
+        The Gram matrices, shape (count, n, n), of which only the upper triangle is meant, the upper triangular factors,
+        same shape, and whether the factorisation went through, shape (count,). Where it did not, R is the identity.
     """
     n = matrices.cols
     width = max(-(-n // _GRAM_BLOCKS), min(n, _NARROWEST_GRAM_BLOCK))
     gram = torch.empty(matrices.count, n, n, dtype=dtype, device=matrices.entries.device)
-    with _full_precision_products(dtype):
+    with full_precision_products(dtype):
         for index, part in enumerate(matrices.row_blocks(dtype, rows)):
+            if rotation is not None:
+                rotation.of_rows(part)
             for first in range(0, n, width):
                 target = gram[..., first : first + width, first:]
                 # beta = 0 makes the first block overwrite what the fresh memory holds.
                 target.baddbmm_(part[..., first : first + width].mT, part[..., first:], beta=float(index > 0))
-    for first in range(width, n, width):
-        gram[..., first : first + width, :first] = gram[..., :first, first : first + width].mT
-    factor, info = _each(torch.linalg.cholesky_ex, gram)
+    factor, info = _each(partial(torch.linalg.cholesky_ex, upper=True), gram)
     found = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     if not bool(found.all()):
         factor[~found] = torch.eye(n, dtype=dtype, device=gram.device)
-    return gram.to(torch.float64), factor.to(torch.float64).mT, found
+    return gram, factor, found
+
+
+def mirror_upper(gram: Tensor) -> Tensor:
+    """Make matrices of shape (count, n, n) symmetric in place by copying what is above the diagonal."""
+    n = gram.shape[-1]
+    for first in range(0, n, _NARROWEST_GRAM_BLOCK):
+        last = min(first + _NARROWEST_GRAM_BLOCK, n)
+        corner = gram[..., first:last, first:last]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+        gram[..., first:last, :first] = gram[..., :first, first:last].mT
+    return gram
 
 
 def qr_factor(matrices: TallMatrices, rows: int) -> Tensor:
@@ -108,11 +145,16 @@ def lu_factor(matrices: TallMatrices) -> Factor:
         gram=lambda block: (block @ matrix.mT) @ matrix,
         log_volume=_log_diagonal(factor),
         matrix=matrix,
+        gram32=_rounded_gram(matrix, is_root=True),
     )
 
 
-def triangular_factor(factor: Tensor, gram: Callable[[Tensor], Tensor] | None = None) -> Factor:
-    """Wrap upper triangular R, shape (count, n, n), of nonzero diagonal; ``gram`` if RᵀR is known in one product."""
+def triangular_factor(factor: Tensor, gram: Tensor | None = None) -> Factor:
+    """Wrap upper triangular R of nonzero diagonal; ``gram`` is RᵀR where it is known; both of shape (count, n, n).
+
+    An R in float32 is worked with in float64, and, where the device gains by it, in float32 as well.
+    """
+    quick, factor = factor, factor.to(torch.float64)
     solve: Callable[[Tensor], Tensor]
     solve_transposed: Callable[[Tensor], Tensor]
     if factor.device.type == "cuda":
@@ -124,8 +166,35 @@ def triangular_factor(factor: Tensor, gram: Callable[[Tensor], Tensor] | None = 
         solve = lambda block: torch.linalg.solve_triangular(factor, block.mT, upper=True).mT  # noqa: E731
         solve_transposed = lambda block: torch.linalg.solve_triangular(factor.mT, block.mT, upper=False).mT  # noqa: E731
     return Factor(
-        solve, solve_transposed, gram or (lambda block: (block @ factor.mT) @ factor), _log_diagonal(factor), factor
+        solve,
+        solve_transposed,
+        (lambda block: (block @ factor.mT) @ factor) if gram is None else (lambda block: block @ gram),
+        _log_diagonal(factor),
+        factor,
+        gram32=_rounded_gram(quick if gram is None else gram, is_root=gram is None),
+        inverse32=_inverse_of(quick) if quick.dtype == torch.float32 and quick.device.type == "cpu" else None,
     )
+
+
+def _rounded_gram(matrix: Tensor, is_root: bool) -> Callable[[], Operator] | None:
+    """Make X ↦ XMᵀM, or XM, in float32 on a CPU: half the memory that a product with 16 vectors has to read."""
+    if matrix.device.type != "cpu":
+        return None
+
+    def make() -> Operator:
+        rounded = matrix.to(torch.float32)
+        return (lambda block: (block @ rounded.mT) @ rounded) if is_root else (lambda block: block @ rounded)
+
+    return make
+
+
+def _inverse_of(upper: Tensor) -> Operator:
+    def inverse(block: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(upper.mT, block.mT, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(upper, half, upper=True)
+        return solved.mT
+
+    return inverse
 
 
 def fill_pivots(factor: Tensor) -> None:
@@ -141,7 +210,7 @@ def _log_diagonal(factor: Tensor) -> Tensor:
 
 
 def relative_backward_error(
-    row_blocks: Callable[[], Iterable[Tensor]], factor: Factor, powers: int
+    row_blocks: Callable[[], Iterable[Tensor]], factor: Factor, powers: int, enough: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     r"""Measure how well R stands for A: every σ_i(A)² is σ_i(R)² times a factor in [1 − f, 1 + f].
 
@@ -150,16 +219,17 @@ def relative_backward_error(
     float64 and with the caller's matrix, to a Gaussian block Ω, and since ‖F^pΩ‖_F ≥ ‖F‖₂^p ‖uᵀΩ‖ for its top
     eigenvector u,
 
-    .. math:: f \le (\|F^p \Omega\|_F / 0.616)^{1/p}
+    .. math:: f \le (\|F^p \Omega\|_F / 0.6)^{1/p}
 
-    except with probability 2.5e-10. Whatever spoilt R counts: precision, TF32, the squared κ of a Gram matrix, a
+    except with probability 1.7e-10. Whatever spoilt R counts: precision, TF32, the squared κ of a Gram matrix, a
     half-broken BLAS. Rounding while measuring adds about κ·eps to f.
 
     Args:
         row_blocks: reads the A's from top to bottom, in float64, each block of shape (count, some rows, n).
         factor: the R's.
-        powers: p; each costs another reading of A and makes the bound sharper, for p = 1 it exceeds ‖F‖₂ by up to
-            √(16n/0.38).
+        powers: the largest p; each costs another reading of A and makes the bound sharper, for p = 1 it exceeds ‖F‖₂
+            by up to √(16n/0.36).
+        enough: f below which no more powers are taken.
 
     Returns:
         f, inf where it is not below 1, and ‖A‖_F² accumulated in float64 on the way; both of shape (count,).
@@ -176,7 +246,9 @@ def relative_backward_error(
             if power == 0:
                 norm_squared += torch.linalg.vector_norm(part, dim=(-2, -1)).square()
         image = factor.solve_transposed(product) - image
-    error = (torch.linalg.vector_norm(image, dim=(-2, -1)) / OVERLAP) ** (1 / powers)
+        error = (torch.linalg.vector_norm(image, dim=(-2, -1)) / OVERLAP) ** (1 / (power + 1))
+        if power + 1 < powers and bool((error < enough).all()):
+            break
     return torch.where(error < 1, error, torch.inf), norm_squared
 
 
@@ -189,7 +261,7 @@ def _each(function: Callable[..., tuple[Tensor, ...]], *stacks: Tensor) -> tuple
 
 
 @contextlib.contextmanager
-def _full_precision_products(dtype: torch.dtype) -> Iterator[None]:
+def full_precision_products(dtype: torch.dtype) -> Iterator[None]:
     """Keep float32 products from being rounded to TF32 or bfloat16, whatever the process has asked for elsewhere."""
     before = torch.get_float32_matmul_precision()
     if dtype != torch.float32 or before == "highest":

@@ -1,6 +1,8 @@
 """The rungs that read κ off a factor: Cholesky of the Gram matrix, LU, and QR."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,19 +10,55 @@ from torch import Tensor
 from kappa_lightning.spectra.factor import (
     Factor,
     fill_pivots,
+    full_precision_products,
     gram_cholesky,
     lu_factor,
+    mirror_upper,
     qr_factor,
     relative_backward_error,
     triangular_factor,
 )
-from kappa_lightning.spectra.lanczos import largest_eigenvalue
+from kappa_lightning.spectra.lanczos import LargestEigenvalue, largest_eigenvalue
+from kappa_lightning.spectra.ritz import PROBED, extreme_ritz_values
+from kappa_lightning.spectra.rotation import dominant_rotation
 from kappa_lightning.spectra.scaling import TallMatrices
 from kappa_lightning.spectra.svd import is_rank_deficient, rounding_error
 from kappa_lightning.spectra.values import Values
 
 SMALLEST_LANCZOS = 48
 """The block size leaves no room for Lanczos in fewer columns."""
+
+# Of the wanted error, what a factor may use up; the rest is for Lanczos.
+_FACTOR_SHARE = 0.6
+# Below this share a sharper bound would cost more time than the steps of Lanczos that it saves.
+_GOOD_FACTOR = 0.45
+# κ of R may be above κ of A by the factor's error, and was by less than a fifth of its bound; counted for the width of
+# the brackets only, which are tighter for it.
+_REFINED_SHARE = 0.3
+
+# Right singular vectors of R near its largest and its smallest singular value ↦ σ_max and σ_min of A from these.
+Refinement = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """The ends of the spectrum of R, each of shape (count,), and right singular vectors near them, as rows.
+
+    Attributes:
+        sigma_max: the best estimate of R's largest singular value.
+        sigma_min: that of its smallest.
+        bounds_max: R's largest singular value lies between these.
+        bounds_min: its smallest.
+        top: shape (count, some, n).
+        bottom: same shape.
+    """
+
+    sigma_max: Tensor
+    sigma_min: Tensor
+    bounds_max: tuple[Tensor, Tensor]
+    bounds_min: tuple[Tensor, Tensor]
+    top: Tensor
+    bottom: Tensor
 
 
 def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dtype, lanczos_from: int) -> Values:
@@ -30,14 +68,29 @@ def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dty
         matrices: shape (count, m, n).
         rows: how many rows to convert at a time.
         rtol: wanted relative error of κ.
-        dtype: precision of the factor; in float32 the measured bound is sharpened by a second reading of A.
+        dtype: precision of the factor; in float32 the dominant directions are set apart first, and the measured bound
+            is sharpened by a second reading of A if it has to be.
         lanczos_from: number of columns from which on Lanczos runs instead of a full decomposition of R.
     """
-    gram, upper, found = gram_cholesky(matrices, dtype, rows)
-    powers = 2 if dtype == torch.float32 else 1
-    factor = triangular_factor(upper, lambda block: block @ gram)
-    error, norm_squared = relative_backward_error(_reader(matrices, rows), factor, powers)
-    return _read_off_if_close(matrices, factor, error.masked_fill(~found, torch.inf), norm_squared, rtol, lanczos_from)
+    reader = _reader(matrices, rows)
+    refine: Refinement | None = None
+    if dtype == torch.float32 and matrices.cols >= SMALLEST_LANCZOS:
+        # As many bytes at a time as in float64.
+        with full_precision_products(dtype):
+            rotation = dominant_rotation(matrices, 2 * rows)
+        _, upper, found = gram_cholesky(matrices, dtype, 2 * rows, rotation)
+        factor = triangular_factor(upper)
+        measured = factor.rotated_back(rotation)
+        error, norm_squared = relative_backward_error(reader, measured, powers=2, enough=_GOOD_FACTOR * rtol)
+        refine = lambda top, bottom: extreme_ritz_values(reader, rotation.back(top), rotation.back(bottom))  # noqa: E731
+    else:
+        gram, upper, found = gram_cholesky(matrices, dtype, rows)
+        factor = triangular_factor(upper, mirror_upper(gram).to(torch.float64))
+        error, norm_squared = relative_backward_error(reader, factor, powers=1)
+        if dtype == torch.float32:
+            refine = partial(extreme_ritz_values, reader)
+    error = error.masked_fill(~found, torch.inf)
+    return _read_off_if_close(matrices, factor, error, norm_squared, rtol, lanczos_from, refine)
 
 
 def lu_values(matrices: TallMatrices, rtol: float, lanczos_from: int) -> Values:
@@ -78,53 +131,115 @@ def _reader(matrices: TallMatrices, rows: int) -> Callable[[], Iterator[Tensor]]
 
 
 def _read_off_if_close(
-    matrices: TallMatrices, factor: Factor, error: Tensor, norm_squared: Tensor, rtol: float, lanczos_from: int
+    matrices: TallMatrices,
+    factor: Factor,
+    error: Tensor,
+    norm_squared: Tensor,
+    rtol: float,
+    lanczos_from: int,
+    refine: Refinement | None = None,
 ) -> Values:
     """Read the values off, unless the spectrum of no member's factor could show anything."""
-    if bool((error < rtol).any()):
-        return _read_off(matrices, factor, error, norm_squared, rtol, lanczos_from)
+    if bool((error < _FACTOR_SHARE * rtol).any()):
+        return _read_off(matrices, factor, error, norm_squared, rtol, lanczos_from, refine)
     nothing = torch.full_like(error, torch.inf)
     return Values(nothing, nothing, nothing, nothing, nothing)
 
 
 def _read_off(
-    matrices: TallMatrices, factor: Factor, error: Tensor, norm_squared: Tensor, rtol: float, lanczos_from: int
+    matrices: TallMatrices,
+    factor: Factor,
+    error: Tensor,
+    norm_squared: Tensor,
+    rtol: float,
+    lanczos_from: int,
+    refine: Refinement | None = None,
 ) -> Values:
-    """Find the ends of R's spectrum and bound the error of κ: R against A, Ritz values against R, and rounding."""
-    count, n = matrices.count, matrices.cols
-    stretch = ((1 + error) / (1 - error)).sqrt()
+    """Find the ends of R's spectrum and bound the error of κ: R against A, Ritz values against R, and rounding.
 
-    if n < max(lanczos_from, SMALLEST_LANCZOS):
-        sigma = torch.linalg.svdvals(factor.matrix)
-        sigma_max, sigma_min = sigma[..., 0], sigma[..., -1]
-        width = torch.ones_like(sigma_max)
-    else:
-        # Both widths are those of squares, so they may add up to 2·rtol; what the top leaves is for the bottom.
-        budget = 1.9 * min(rtol, 0.1)
-        device = error.device
-        top_share = 0.8 * budget
-        largest, largest_upper = largest_eigenvalue(factor.gram, n, count, device=device, tolerance=top_share)
-        left = (budget - (largest_upper / largest - 1)).clamp(budget - top_share, top_share).min()
-        smallest, smallest_upper = largest_eigenvalue(
-            lambda block: factor.solve(factor.solve_transposed(block)),
-            n,
-            count,
-            device=device,
-            tolerance=float(left),
-            roundoff=lambda top: rounding_error((largest * top).sqrt(), n),
-        )
-        sigma_max, sigma_min = largest.sqrt(), smallest.rsqrt()
-        width = (largest_upper / largest * (smallest_upper / smallest)).sqrt()
+    ``refine`` takes the values themselves from A. They are then Ritz values of A, which lie inside its spectrum, so
+    that κ is at least their ratio, and at most what the far ends of R's brackets leave open.
+    """
+    n = matrices.cols
+    stretch = ((1 + error) / (1 - error)).sqrt()
+    by_lanczos = n >= max(lanczos_from, SMALLEST_LANCZOS)
+    refined = refine is not None
+    ends = _ends_by_lanczos(factor, error, n, rtol, refined) if by_lanczos else _ends_of_dense(factor, refined)
+    sigma_max, sigma_min = ends.sigma_max, ends.sigma_min
+    near_max, near_min = ends.bounds_max[0], ends.bounds_min[1]
+    if refine is not None:
+        near_max, near_min = sigma_max, sigma_min = refine(ends.top, ends.bottom)
 
     rounding = rounding_error(sigma_max / sigma_min, n)
-    attained = stretch * width - 1 + rounding
+    attained = stretch * (ends.bounds_max[1] / near_max) * (near_min / ends.bounds_min[0]) - 1 + rounding
     # The factor is good and only Lanczos did not settle, as when a hundred singular values crowd at an end.
     crowded = ~(attained <= rtol) & (stretch - 1 + rounding <= rtol)
-    if n >= max(lanczos_from, SMALLEST_LANCZOS) and bool(crowded.any()):
+    if by_lanczos and bool(crowded.any()):
         members = crowded.nonzero().squeeze(-1)
         sigma = torch.linalg.svdvals(factor.matrix[members])
-        sigma_max = sigma_max.index_put((members,), sigma[..., 0])
-        sigma_min = sigma_min.index_put((members,), sigma[..., -1])
-        exact = stretch - 1 + rounding_error(sigma_max / sigma_min, n)
-        attained = torch.where(crowded, exact, attained)
+        largest, smallest = sigma[..., 0], sigma[..., -1]
+        if refine is None:
+            sigma_max = sigma_max.index_put((members,), largest)
+            sigma_min = sigma_min.index_put((members,), smallest)
+        width = (largest / sigma_max[members]) * (sigma_min[members] / smallest)
+        exact = stretch[members] * width - 1 + rounding_error(largest / smallest, n)
+        attained = attained.index_put((members,), exact)
     return Values(sigma_max, sigma_min, factor.log_volume, norm_squared.sqrt(), attained.nan_to_num(nan=torch.inf))
+
+
+def _ends_of_dense(factor: Factor, refined: bool) -> _Ends:
+    if refined:
+        _, sigma, vectors = torch.linalg.svd(factor.matrix)
+    else:
+        sigma, vectors = torch.linalg.svdvals(factor.matrix), factor.matrix[:, :0]
+    largest, smallest = sigma[..., 0], sigma[..., -1]
+    bounds = (largest, largest), (smallest, smallest)
+    return _Ends(largest, smallest, *bounds, vectors[..., :PROBED, :], vectors[..., -PROBED:, :])
+
+
+def _ends_by_lanczos(factor: Factor, error: Tensor, n: int, rtol: float, refined: bool) -> _Ends:
+    # Both widths are those of squares, so they may add up to twice what the factor leaves of rtol; what the top leaves
+    # is for the bottom.
+    wanted = min(rtol, 0.1)
+    usable = float(error.masked_fill(error >= _FACTOR_SHARE * wanted, 0.0).max())
+    budget = 1.9 * (wanted - usable * (1 + _REFINED_SHARE * refined))
+    top_share = 0.8 * budget
+    gram32 = None if factor.gram32 is None else factor.gram32()
+    largest = _largest(factor.gram, gram32, error, n, top_share, torch.zeros_like)
+    # One step of the power method in float64 takes away most of what Lanczos has left, here and at the bottom.
+    top = factor.gram(largest.ritz_vectors(PROBED)) if refined else largest.basis[:, :0]
+    left = (budget - (largest.upper / largest.lower - 1)).clamp(min=budget - top_share).min()
+    smallest = _largest(
+        factor.inverse,
+        factor.inverse32,
+        error,
+        n,
+        float(left),
+        lambda top: rounding_error((largest.ritz * top).sqrt(), n),
+    )
+    return _Ends(
+        largest.ritz.sqrt(),
+        smallest.ritz.rsqrt(),
+        (largest.lower.sqrt(), largest.upper.sqrt()),
+        (smallest.upper.rsqrt(), smallest.lower.rsqrt()),
+        top,
+        factor.inverse(smallest.ritz_vectors(PROBED)) if refined else smallest.basis[:, :0],
+    )
+
+
+def _largest(
+    operator: Callable[[Tensor], Tensor],
+    operator32: Callable[[Tensor], Tensor] | None,
+    like: Tensor,
+    size: int,
+    tolerance: float,
+    roundoff: Callable[[Tensor], Tensor],
+) -> LargestEigenvalue:
+    """Bracket the largest eigenvalue from a float32 run if there may be one and it settles, or from one in float64."""
+    run = partial(largest_eigenvalue, size=size, batch=len(like), device=like.device, tolerance=tolerance)
+    if operator32 is not None:
+        with full_precision_products(torch.float32):
+            found = run(operator32, roundoff=roundoff, exact=operator)
+        if bool((found.upper <= (1 + tolerance) * found.lower).all()):
+            return found
+    return run(operator, roundoff=roundoff)

@@ -1,6 +1,7 @@
 """Block Lanczos for the largest eigenvalue of a positive semidefinite operator, with a bracket that holds."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from kappa_lightning.spectra.certificate import (
     OVERLAP,
     gaussian_block,
     largest_eigenvalue_interval,
+    recurrence_error,
     worth_bracketing,
 )
 
@@ -20,6 +22,34 @@ _ORTHONORMAL = 0.9
 _START_SEED = 0x6B61_7070
 
 
+@dataclass(frozen=True, slots=True)
+class LargestEigenvalue:
+    """What a run of block Lanczos knows about the largest eigenvalue of each operator of a batch.
+
+    Attributes:
+        lower: no eigenvalue is the largest below this; shape (batch,).
+        ritz: the largest Ritz value, far closer than the ends; ``lower`` itself unless the run was in float32.
+        upper: none is above this; further away than asked, or inf, where the run did not settle within its steps.
+        basis: the rows of Q₁ … Q_k, shape (batch, 16k, n), in the run's precision.
+        tridiagonal: T, shape (batch, 16k, 16k), float64.
+    """
+
+    lower: Tensor
+    ritz: Tensor
+    upper: Tensor
+    basis: Tensor
+    tridiagonal: Tensor
+
+    def ritz_vectors(self, count: int) -> Tensor:
+        """Return the vectors of the largest Ritz values as rows, shape (batch, count, n), float64.
+
+        They are orthonormal up to the rounding of the run's precision.
+        """
+        coordinates = torch.linalg.eigh(self.tridiagonal).eigenvectors[..., -count:].mT
+        vectors: Tensor = coordinates.to(self.basis.dtype) @ self.basis
+        return vectors.to(torch.float64)
+
+
 def largest_eigenvalue(
     operator: Callable[[Tensor], Tensor],
     size: int,
@@ -28,7 +58,8 @@ def largest_eigenvalue(
     device: torch.device,
     tolerance: float,
     roundoff: Callable[[Tensor], Tensor] = torch.zeros_like,
-) -> tuple[Tensor, Tensor]:
+    exact: Callable[[Tensor], Tensor] | None = None,
+) -> LargestEigenvalue:
     """Bracket the largest eigenvalue of a batch of symmetric positive semidefinite operators.
 
     Sixteen vectors at a time, with full reorthogonalisation, because the block is what makes both the matrix products
@@ -40,30 +71,34 @@ def largest_eigenvalue(
             with a large matrix run several times faster on a CPU.
         size: the order n of the operator.
         batch: how many operators there are.
-        device: where to work, in float64.
+        device: where to work.
         tolerance: wanted (upper − lower) / lower.
-        roundoff: maps a largest eigenvalue to the relative error of one application of the operator, both of shape
-            (batch,), beside the 1e-12 that is always allowed for.
+        roundoff: maps a largest eigenvalue to the relative error of one application of the operator in float64, both of
+            shape (batch,), beside the 1e-12 that is always allowed for.
+        exact: the operator in float64, if the run and ``operator`` are to be in float32; what that did to the
+            recurrence is measured with it.
 
     Returns:
-        Lower and upper end, each of shape (batch,); see :func:`.certificate.largest_eigenvalue_interval`. The upper end
-        may be further away than asked, or inf, where the run did not settle within its steps. They are 0 and inf for an
-        operator whose numbers overflow.
+        The ends of :func:`.certificate.largest_eigenvalue_interval`, and the Ritz value with its vectors. Lower end,
+        Ritz value and upper end are 0, 0 and inf for an operator whose numbers overflow.
     """
     # The basis must keep room for one more block, or there is nothing left to be orthogonal to.
     steps = min(MAX_STEPS, size // BLOCK - 1)
     if steps < 2:
         raise ValueError(f"block Lanczos needs an operator of order at least {3 * BLOCK}, got {size}")
     start = gaussian_block(size, _START_SEED, device)
-    overlap = OVERLAP / float(torch.linalg.matrix_norm(start, 2))
-    basis = start.new_empty(batch, BLOCK * (steps + 1), size)
-    basis[:, :BLOCK] = torch.linalg.qr(start).Q.mT
-    # Filler for directions in which the Krylov space ends (an orthogonal matrix ends it at once); far below roundoff.
-    filler = basis[:1, :BLOCK].roll(1, dims=-1) * 1e-14
+    dtype = torch.float64 if exact is None else torch.float32
+    # What rounding the start block to float32 can take from its overlap is far less than the last term.
+    orthonormal, triangle = torch.linalg.qr(start)
+    overlap = OVERLAP / float(torch.linalg.matrix_norm(triangle, 2)) - (0.0 if exact is None else 1e-5)
+    basis = torch.empty(batch, BLOCK * (steps + 1), size, dtype=dtype, device=device)
+    basis[:, :BLOCK] = orthonormal.mT
+    # Filler for directions in which the Krylov space ends (an orthogonal matrix ends it at once).
+    filler = basis[:1, :BLOCK].roll(1, dims=-1) * (1e-14 if exact is None else 1e-7)
     tridiagonal = start.new_zeros(batch, 0, 0)
 
     lower = start.new_zeros(batch)
-    upper = lower + torch.inf
+    ritz, upper = lower, lower + torch.inf
     coupling = start[:0]
     for step in range(steps):
         done = (step + 1) * BLOCK
@@ -71,30 +106,60 @@ def largest_eigenvalue(
         spanned = basis[:, :done]
         image = operator(basis[:, here])
         projection = image @ spanned.mT
-        diagonal = projection[..., -BLOCK:]
+        diagonal = projection[..., -BLOCK:].to(torch.float64)
         tridiagonal = torch.nn.functional.pad(tridiagonal, (0, BLOCK, 0, BLOCK))
         if step:
             tridiagonal[..., here, before] = coupling
             tridiagonal[..., before, here] = coupling.mT
         tridiagonal[..., here, here] = (diagonal + diagonal.mT) / 2
         image = torch.baddbmm(image, projection, spanned, alpha=-1.0)
-        image = image + filler * torch.linalg.matrix_norm(diagonal)[..., None, None]
+        image = image + filler * torch.linalg.matrix_norm(diagonal).to(dtype)[..., None, None]
         block, coupling = _orthonormalise(image, spanned)
+        coupling = coupling.to(torch.float64)
         basis[:, done : done + BLOCK] = block
         # The inverse of a matrix that is singular beyond float64's range overflows, and nothing can be said of it.
         lost = ~(tridiagonal.isfinite().all((-2, -1)) & coupling.isfinite().all((-2, -1)))
         known, outward = tridiagonal.masked_fill(lost[:, None, None], 0.0), coupling.nan_to_num()
         if step < steps - 1:
-            worth, lower = worth_bracketing(known, outward, overlap, tolerance, lower)
+            worth, ritz = worth_bracketing(known, outward, overlap, tolerance, ritz)
             if not bool((worth | lost).all()):
                 continue
-        lower, upper = largest_eigenvalue_interval(
-            known, outward, overlap, tolerance, lambda top: 1e-12 + roundoff(top)
-        )
-        lower, upper = lower.masked_fill(lost, 0.0), upper.masked_fill(lost, torch.inf)
+        if exact is None:
+            ritz, upper = largest_eigenvalue_interval(
+                known, outward, overlap, tolerance, lambda top: 1e-12 + roundoff(top)
+            )
+            lower = ritz
+        else:
+            lower, ritz, upper = _measured_interval(
+                basis[:, : done + BLOCK], known, outward, overlap, tolerance, exact, roundoff
+            )
+        lower, ritz = lower.masked_fill(lost, 0.0), ritz.masked_fill(lost, 0.0)
+        upper = upper.masked_fill(lost, torch.inf)
         if bool((lost | (upper <= (1 + tolerance) * lower)).all()):
             break
-    return lower, upper
+    return LargestEigenvalue(lower, ritz, upper, basis[:, :done], known)
+
+
+def _measured_interval(
+    basis: Tensor,
+    tridiagonal: Tensor,
+    coupling: Tensor,
+    overlap: float,
+    tolerance: float,
+    exact: Callable[[Tensor], Tensor],
+    roundoff: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bracket as :func:`.certificate.largest_eigenvalue_interval` does, after a run in float32."""
+    error, skew = recurrence_error(basis, tridiagonal, coupling, exact)
+    reach = torch.linalg.matrix_norm(coupling)
+    # B_k stands in h with a block Q_{k+1} whose norm is not quite 1.
+    stretched = coupling * (1 + skew).sqrt()[:, None, None]
+    ritz, upper = largest_eigenvalue_interval(
+        tridiagonal, stretched, overlap, tolerance, lambda top: 1e-12 + roundoff(top) + error / top
+    )
+    lower = ritz - error / (1 - skew).sqrt() - skew * reach / (1 - skew)
+    sound = (skew < 0.1) & (lower > 0)
+    return lower.where(sound, 0.0), ritz.where(sound, 0.0), upper.where(sound, torch.inf)
 
 
 def _orthonormalise(image: Tensor, spanned: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,20 +167,30 @@ def _orthonormalise(image: Tensor, spanned: Tensor) -> tuple[Tensor, Tensor]:
 
     Shifted Cholesky QR, three passes (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42,
     2020): matrix products and 16×16 factorisations only, where a GPU's batched Householder QR would dominate the run.
-    The third pass is for blocks in which directions end; where the second found an orthonormal one it is left out.
+    The shift stands for directions that have ended, and is left out where none has: then two passes are enough.
     """
     coupling = torch.eye(BLOCK, dtype=image.dtype, device=image.device)
     identity = coupling
+    # About 45 units of rounding.
+    level = 1e-14 if image.dtype == torch.float64 else 5e-6
     for sweep in range(3):
         if sweep:
             image = torch.baddbmm(image, image @ spanned.mT, spanned, alpha=-1.0)
         gram = image @ image.mT
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        shift = (trace if sweep < 2 else 0.0 * trace) * 1e-14 + torch.finfo(image.dtype).tiny
-        factor = torch.linalg.cholesky_ex(gram + shift * identity).L
+        shift = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] * level + torch.finfo(image.dtype).tiny
+        settled = False
+        if sweep == 0:
+            factor = torch.linalg.cholesky_ex(gram + shift * identity).L
+        else:
+            factor = torch.linalg.cholesky_ex(gram + torch.finfo(image.dtype).tiny * identity).L
+            orthonormal = (factor.diagonal(dim1=-2, dim2=-1) > _ORTHONORMAL).all(-1)
+            settled = bool(orthonormal.all())
+            if sweep == 1 and not settled:
+                shifted = torch.linalg.cholesky_ex(gram + shift * identity).L
+                factor = torch.where(orthonormal[:, None, None], factor, shifted)
         # From the right on columns, whose result lies in memory as the rows that the products want.
         image = torch.linalg.solve_triangular(factor.mT, image.mT, upper=True, left=False).mT
         coupling = factor.mT @ coupling
-        if sweep == 1 and bool((factor.diagonal(dim1=-2, dim2=-1) > _ORTHONORMAL).all()):
+        if settled:
             break
     return image, coupling

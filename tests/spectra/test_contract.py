@@ -30,7 +30,8 @@ def test_a_power_of_two_changes_no_bit_of_kappa(shape, exponent):
 @pytest.mark.parametrize("shape", [(50, 40), (470, 460)], ids=str)
 def test_kappa_does_not_depend_on_the_unit(scale, shape):
     matrix = weight(*shape, dtype=torch.float64)
-    assert float(spectrum(matrix * scale).kappa) == pytest.approx(float(spectrum(matrix).kappa), rel=1e-9)
+    # A scale that is no power of two rounds the entries anew, which a float32 factor notices in its directions.
+    assert float(spectrum(matrix * scale).kappa) == pytest.approx(float(spectrum(matrix).kappa), rel=1e-7)
 
 
 def test_subnormal_float32_weights_have_a_condition_number():

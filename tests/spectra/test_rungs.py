@@ -53,7 +53,7 @@ def test_a_rung_never_shows_more_than_is_true(rung, family, cols, extra, lanczos
 
 
 @pytest.mark.parametrize(
-    ("rung", "reach"), [("gram32", 20.0), ("gram64", 1e5), ("lu64", 1e8), ("qr64", 1e8), ("svd", 1e9)]
+    ("rung", "reach"), [("gram32", 100.0), ("gram64", 1e5), ("lu64", 1e8), ("qr64", 1e8), ("svd", 1e9)]
 )
 def test_a_rung_reaches_the_condition_it_is_meant_for(rung, reach):
     """Otherwise the ladder would be right, and slow."""
@@ -81,7 +81,7 @@ def test_measured_backward_error_bounds_the_true_one(family, dtype):
         lambda: matrices.row_blocks(torch.float64, 32), triangular_factor(factor), powers=2
     )
     (scaled,) = matrices.scaled(torch.float64)
-    quotient = scaled @ torch.linalg.inv(factor[0])
+    quotient = scaled @ torch.linalg.inv(factor[0].double())
     true = torch.linalg.matrix_norm(quotient.mT @ quotient - torch.eye(60), 2)
     if true < 0.1:
         assert true <= bound + 1e-9
@@ -138,9 +138,10 @@ def test_lanczos_bracket_holds_the_largest_eigenvalue(size, decay, crowd, seed):
     eigenvalues[: crowd + 1] = 1 + 1e-5 * rng.random(crowd + 1)
     basis = np.linalg.qr(rng.standard_normal((size, size)))[0]
     matrix = as_tensor((basis * eigenvalues) @ basis.T)[None]
-    lower, upper = largest_eigenvalue(lambda block: block @ matrix, size, 1, device=CPU, tolerance=1e-3)
-    assert float(lower) <= eigenvalues.max() * (1 + 1e-12)
-    assert float(upper) >= eigenvalues.max() * (1 - 1e-12)
+    found = largest_eigenvalue(lambda block: block @ matrix, size, 1, device=CPU, tolerance=1e-3)
+    assert float(found.lower) <= eigenvalues.max() * (1 + 1e-12)
+    assert found.lower <= found.ritz <= found.upper
+    assert float(found.upper) >= eigenvalues.max() * (1 - 1e-12)
 
 
 def test_bracket_stays_open_while_lanczos_has_seen_too_little():
@@ -180,9 +181,9 @@ def test_cheap_question_before_the_bracket_never_puts_off_an_answer():
 
 @pytest.mark.parametrize("size", [48, 64, 130])
 def test_lanczos_on_the_identity_ends_at_once(size):
-    lower, upper = largest_eigenvalue(lambda block: 3 * block, size, 2, device=CPU, tolerance=1e-4)
-    torch.testing.assert_close(lower, torch.full((2,), 3.0, dtype=torch.float64))
-    assert bool((upper <= lower * 1.0001).all())
+    found = largest_eigenvalue(lambda block: 3 * block, size, 2, device=CPU, tolerance=1e-4)
+    torch.testing.assert_close(found.lower, torch.full((2,), 3.0, dtype=torch.float64))
+    assert bool((found.upper <= found.lower * 1.0001).all())
 
 
 def test_batches_of_easy_and_hard_members_meet_only_the_rungs_they_need():
@@ -253,10 +254,10 @@ def test_cards_with_slow_float64_start_in_float32(monkeypatch, capability, first
 def test_float32_products_ignore_a_lowered_matmul_precision_and_restore_it():
     matrices = tall(torch.randn(1, 200, 64, generator=torch.Generator().manual_seed(0)))
     before = torch.get_float32_matmul_precision()
-    plain = gram_cholesky(matrices, torch.float32, 64)[0]
+    plain = gram_cholesky(matrices, torch.float32, 64)[1]
     try:
         torch.set_float32_matmul_precision("medium")
-        lowered = gram_cholesky(matrices, torch.float32, 64)[0]
+        lowered = gram_cholesky(matrices, torch.float32, 64)[1]
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

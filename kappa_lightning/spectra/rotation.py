@@ -1,0 +1,79 @@
+"""A rotation of columns that sets the dominant directions of a matrix apart, so that float32 can factor the rest.
+
+A trained weight is noise with a few learned directions on top, whose singular values are tens of times larger. What
+rounding does to a Gram matrix and to its Cholesky factor does not depend on the length of the columns, though, only on
+κ once each has been divided by its length (Demmel, LAPACK Working Note 14, 1989). In coordinates whose first axes are
+the dominant directions, these directions are nothing but long columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kappa_lightning.spectra.certificate import BLOCK, gaussian_block
+from kappa_lightning.spectra.scaling import TallMatrices
+
+_RANGE_SEED = 0x726F_7461
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Orthogonal matrices H = I − Y S Yᵀ, products of 16 Householder reflections (Schreiber and Van Loan, SIAM J. Sci.
+    Stat. Comput. 10, 1989).
+
+    H is orthogonal whatever Y is, if only S⁻¹ + S⁻ᵀ = YᵀY, and S is computed from Y in float64.
+
+    Attributes:
+        reflectors: Yᵀ, shape (count, 16, n), float64.
+        kernel: S, shape (count, 16, 16), float64.
+    """
+
+    reflectors: Tensor
+    kernel: Tensor
+
+    @classmethod
+    def onto_first_axes(cls, directions: Tensor) -> "Rotation":
+        """Return H whose first 16 columns are, up to signs, orthonormal directions given as (count, 16, n)."""
+        packed, _ = torch.geqrf(directions.to(torch.float64).mT)
+        identity = torch.eye(*packed.shape[-2:], dtype=packed.dtype, device=packed.device)
+        y = packed.tril(-1) + identity
+        products = y.mT @ y
+        halved = products.triu(1) + torch.diag_embed(products.diagonal(dim1=-2, dim2=-1) / 2)
+        kernel = torch.linalg.solve_triangular(halved, identity[:BLOCK].expand_as(halved), upper=True)
+        return cls(y.mT.contiguous(), kernel)
+
+    def of_rows(self, block: Tensor) -> Tensor:
+        """Rotate rows in place: X ↦ XH for X of shape (count, rows, n), in its own dtype."""
+        reflectors, kernel = self.reflectors.to(block.dtype), self.kernel.to(block.dtype)
+        return block.baddbmm_(block @ reflectors.mT, kernel @ reflectors, alpha=-1.0)
+
+    def back(self, block: Tensor) -> Tensor:
+        """Undo :meth:`of_rows`: X ↦ XHᵀ, a new tensor."""
+        reflectors, kernel = self.reflectors.to(block.dtype), self.kernel.to(block.dtype)
+        return torch.baddbmm(block, block @ reflectors.mT, kernel.mT @ reflectors, alpha=-1.0)
+
+
+def dominant_rotation(matrices: TallMatrices, rows: int) -> Rotation:
+    """Find approximate dominant right singular vectors by two steps of subspace iteration in float32.
+
+    Nothing rests on their accuracy: any rotation leaves the singular values as they are.
+
+    Args:
+        matrices: shape (count, m, n), n > 16.
+        rows: how many rows to convert at a time.
+    """
+    start = gaussian_block(matrices.cols, _RANGE_SEED, matrices.entries.device).to(torch.float32)
+    image = _gram_product(matrices, start.mT.expand(matrices.count, -1, -1), rows)
+    basis = torch.linalg.qr(image.mT).Q.mT
+    image = _gram_product(matrices, basis, rows)
+    # The largest first, and one direction to an axis: two that shared theirs would be as ill-conditioned as before.
+    ritz = torch.linalg.eigh((image @ basis.mT).to(torch.float64)).eigenvectors.flip(-1)
+    return Rotation.onto_first_axes(torch.linalg.qr((ritz.mT @ image.to(torch.float64)).mT).Q.mT)
+
+
+def _gram_product(matrices: TallMatrices, block: Tensor, rows: int) -> Tensor:
+    product = torch.zeros_like(block)
+    for part in matrices.row_blocks(torch.float32, rows):
+        product = torch.baddbmm(product, block @ part.mT, part)
+    return product

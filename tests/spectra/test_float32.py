@@ -1,0 +1,250 @@
+"""What float32 contributes, a factor and a Lanczos run, is measured in float64 and refused where it is not enough."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spectra_matrices import FAMILIES, as_tensor, reference_kappa, relative_error, with_singular_values
+
+from kappa_lightning.spectra import factored, ladder, spectrum
+from kappa_lightning.spectra.certificate import gaussian_block, recurrence_error
+from kappa_lightning.spectra.factor import gram_cholesky, relative_backward_error, triangular_factor
+from kappa_lightning.spectra.ladder import Plan, climb, take_rung
+from kappa_lightning.spectra.lanczos import largest_eigenvalue
+from kappa_lightning.spectra.ritz import extreme_ritz_values
+from kappa_lightning.spectra.rotation import Rotation, dominant_rotation
+from kappa_lightning.spectra.scaling import TallMatrices
+
+CPU = torch.device("cpu")
+
+
+def tall(stack: torch.Tensor) -> TallMatrices:
+    return TallMatrices.of(stack, stack.abs().amax((-2, -1)).double())
+
+
+def plan(*rungs: str) -> Plan:
+    return Plan(rungs, members=64, rows=50, lanczos_from=0)
+
+
+def learned(rows: int, cols: int, strength: float) -> torch.Tensor:
+    """Noise and four directions that are ``strength`` times longer."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((rows, cols)) / np.sqrt(rows)
+    left, right = (np.linalg.qr(rng.standard_normal((size, 4)))[0] for size in (rows, cols))
+    return as_tensor(noise + strength * (left * [1, 0.7, 0.4, 0.2]) @ right.T)
+
+
+@pytest.fixture
+def rungs_taken(monkeypatch):
+    taken = []
+
+    def spy(rung, matrices, *rest):
+        values = take_rung(rung, matrices, *rest)
+        taken.append((rung, float(values.rtol.max())))
+        return values
+
+    monkeypatch.setattr(ladder, "take_rung", spy)
+    return taken
+
+
+@pytest.mark.parametrize("shape", [(700, 480), (480, 700)], ids=str)
+def test_a_learned_weight_is_settled_in_float32(shape, rungs_taken):
+    """κ is 3,000, whose square times the rounding of float32 is 1: the four long directions must be set apart."""
+    matrix = learned(700, 480, 500.0).reshape(700, 480)
+    matrix = matrix if shape == (700, 480) else matrix.mT
+    result = spectrum(matrix)
+    assert [rung for rung, _ in rungs_taken] == ["gram32"]
+    true = reference_kappa(matrix.numpy())
+    assert true > 2000
+    assert relative_error(result.kappa, true) <= float(result.rtol) <= 1e-3
+    sigma = np.linalg.svd(matrix.numpy(), compute_uv=False)
+    assert float(result.log_volume) == pytest.approx(np.log(sigma).sum(), abs=1e-3)
+
+
+@pytest.mark.parametrize("profile", ["even", "graded", "one_small", "noise"])
+@pytest.mark.parametrize("kappa", [5, 30, 100, 300])
+def test_no_less_accurate_than_float32_singular_values(kappa, profile):
+    """PEFT's selector takes these; what they miss κ by is at times less than float32 resolves, by luck."""
+    rng = np.random.default_rng(kappa)
+    rows, cols = 640, 460
+    sigma = {
+        "even": np.linspace(1, 1 / kappa, cols),
+        "graded": np.geomspace(1, 1 / kappa, cols),
+        "one_small": np.append(np.linspace(1, 0.5, cols - 1), 1 / kappa),
+    }
+    if profile == "noise":
+        matrix = rng.standard_normal((round(cols * ((kappa + 1) / (kappa - 1)) ** 2), cols))
+    else:
+        matrix = with_singular_values(rng, rows, cols, sigma[profile])
+    stored = as_tensor(matrix, torch.float32)
+    true = reference_kappa(stored.double().numpy())
+    single = torch.linalg.svdvals(stored)
+    allowed = max(relative_error(single[0] / single[-1], true), torch.finfo(torch.float32).eps)
+    assert relative_error(spectrum(stored).kappa, true) <= allowed
+
+
+@pytest.mark.parametrize("error", [1e-4, 1e-3])
+def test_ritz_values_of_the_matrix_are_off_by_the_square_of_the_error(error):
+    """And lie inside its spectrum; what the subspaces came from need not be right."""
+    rng = np.random.default_rng(3)
+    matrix = with_singular_values(rng, 90, 60, np.linspace(2, 0.1, 60))
+    _, sigma, right = np.linalg.svd(matrix, full_matrices=False)
+    tilted = as_tensor(right + error * rng.standard_normal((60, 60)) / np.sqrt(60))[None]
+    blocks = [as_tensor(matrix[:50])[None], as_tensor(matrix[50:])[None]]
+    largest, smallest = extreme_ritz_values(lambda: blocks, 3 * tilted[:, :8], tilted[:, -8:] / 7)
+    assert 0 <= 1 - float(largest) / sigma[0] <= error**2
+    assert 0 <= float(smallest) / sigma[-1] - 1 <= 400 * error**2
+    broken = tilted[:, -8:].clone()
+    broken[..., 0] = np.nan
+    assert extreme_ritz_values(lambda: blocks, tilted[:, :8], broken)[1].isnan()
+
+
+def test_without_the_rotation_float32_shows_nothing_for_it(monkeypatch):
+    matrices = tall(learned(700, 480, 500.0)[None])
+    axes = torch.eye(480, dtype=torch.float64)[None, :16]
+    monkeypatch.setattr(factored, "dominant_rotation", lambda *_: Rotation.onto_first_axes(axes))
+    assert not take_rung("gram32", matrices, plan("gram32"), 1e-3).rtol <= 1e-3
+
+
+@pytest.mark.parametrize("family", ["graded", "clustered_smallest", "one_tiny", "rank_deficient", "kahan"])
+def test_a_matrix_beyond_float32_is_handed_over(family, rungs_taken):
+    """Small singular values in no few directions, which no rotation sets apart."""
+    matrix = FAMILIES[family](np.random.default_rng(7), 640, 460)
+    true = reference_kappa(matrix)
+    assert true > 1e4
+    result = spectrum(as_tensor(matrix))
+    assert rungs_taken[0] == ("gram32", np.inf)
+    assert len(rungs_taken) > 1
+    assert result.kappa == true if np.isinf(true) else relative_error(result.kappa, true) <= float(result.rtol) <= 1e-3
+
+
+def test_a_wrong_float32_factor_is_refused(monkeypatch):
+    matrices = tall(learned(300, 200, 50.0)[None])
+    assert take_rung("gram32", matrices, plan("gram32"), 1e-3).rtol <= 1e-3
+
+    def spoilt(*arguments):
+        gram, upper, found = gram_cholesky(*arguments)
+        upper[:, 120, 150] += 0.05 * upper[:, 120, 120]
+        return gram, upper, found
+
+    monkeypatch.setattr(factored, "gram_cholesky", spoilt)
+    assert not take_rung("gram32", matrices, plan("gram32"), 1e-3).rtol <= 1e-3
+    values = climb(matrices, [0], plan("gram32", "qr64", "svd"), 1e-3)
+    true = reference_kappa(learned(300, 200, 50.0).numpy())
+    assert relative_error(values.sigma_max / values.sigma_min, true) <= float(values.rtol) <= 1e-3
+
+
+@pytest.mark.parametrize("family", ["gaussian", "spiky", "row_scaled", "dead_column"])
+def test_a_rotation_is_orthogonal_and_is_undone(family):
+    matrices = tall(as_tensor(np.stack([FAMILIES[family](np.random.default_rng(s), 90, 60) for s in range(2)])))
+    rotation = dominant_rotation(matrices, 50)
+    block = matrices.scaled(torch.float64)
+    rotated = rotation.of_rows(block.clone())
+    torch.testing.assert_close(rotation.back(rotated), block, rtol=0, atol=1e-13)
+    torch.testing.assert_close(torch.linalg.svdvals(rotated), torch.linalg.svdvals(block), rtol=0, atol=1e-13)
+
+
+def test_a_rotation_puts_the_largest_directions_first():
+    matrices = tall(learned(300, 200, 50.0)[None])
+    scaled = matrices.scaled(torch.float64)
+    sigma = torch.linalg.svdvals(scaled)[0]
+    lengths = torch.linalg.vector_norm(dominant_rotation(matrices, 100).of_rows(scaled), dim=-2)[0]
+    torch.testing.assert_close(lengths[:4], sigma[:4], rtol=1e-3, atol=0)
+    assert lengths[16:].max() < sigma[4]
+
+
+def test_measured_bound_of_a_rotated_factor_holds():
+    matrices = tall(learned(300, 200, 50.0)[None])
+    rotation = dominant_rotation(matrices, 100)
+    _, upper, _ = gram_cholesky(matrices, torch.float32, 100, rotation)
+    factor = triangular_factor(upper)
+    scaled = matrices.scaled(torch.float64)
+    quotient = torch.linalg.solve_triangular(upper.double(), rotation.of_rows(scaled.clone()), upper=True, left=False)
+    true = torch.linalg.matrix_norm(quotient.mT @ quotient - torch.eye(200), 2)
+    for powers in (1, 2):
+        bound, _ = relative_backward_error(lambda: [scaled], factor.rotated_back(rotation), powers)
+        assert float(true) <= float(bound) <= 100 * float(true)
+
+
+def recurrence(operator, size: int, steps: int):
+    """Block Lanczos in float64, without a thought for speed: basis rows, T and B_k."""
+    start, _ = torch.linalg.qr(gaussian_block(size, 5, CPU))
+    basis, last = start, None
+    for _ in range(steps):
+        projected = basis.mT @ operator(basis)
+        block, last = torch.linalg.qr(operator(basis[:, -16:]) - basis @ projected[:, -16:])
+        block, rest = torch.linalg.qr(block - basis @ (basis.mT @ block))
+        last = rest @ last
+        basis = torch.cat([basis, block], dim=1)
+    return basis.mT[None], projected[None], last[None]
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-3])
+def test_measured_error_of_a_recurrence_bounds_the_true_one(noise):
+    size = 200
+    eigenvalues = torch.linspace(0.01, 1, size, dtype=torch.float64)[:, None]
+    basis, tridiagonal, coupling = recurrence(lambda block: eigenvalues * block, size, 4)
+    basis = basis + noise * torch.randn(basis.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    bound, skew = recurrence_error(basis, tridiagonal, coupling, lambda block: block * eigenvalues.mT)
+    q = basis[0].mT
+    error = eigenvalues * q[:, :64] - q[:, :64] @ tridiagonal[0]
+    error[:, -16:] -= q[:, 64:] @ coupling[0]
+    true = float(torch.linalg.matrix_norm(error, 2))
+    assert true <= float(bound) + 1e-14
+    assert float(bound) <= 40 * true + 1e-13
+    assert float(torch.linalg.matrix_norm(q.mT @ q - torch.eye(80), 2)) <= float(skew) + 1e-14
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    size=st.integers(48, 200),
+    decay=st.floats(0, 8),
+    crowd=st.integers(0, 40),
+    error=st.sampled_from([0.0, 1e-6, 1e-4, 1e-2]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_bracket_of_a_float32_run_holds_the_eigenvalue_of_the_exact_operator(size, decay, crowd, error, seed):
+    """Even if the float32 operator is another one."""
+    rng = np.random.default_rng(seed)
+    eigenvalues = np.logspace(0, -decay, size)
+    eigenvalues[: crowd + 1] = 1 + 1e-5 * rng.random(crowd + 1)
+    basis = np.linalg.qr(rng.standard_normal((size, size)))[0]
+    exact = as_tensor((basis * eigenvalues) @ basis.T)[None]
+    wrong = (exact + error * torch.diag(as_tensor(rng.standard_normal(size)))).float()
+    found = largest_eigenvalue(
+        lambda block: block @ wrong, size, 1, device=CPU, tolerance=1e-3, exact=lambda block: block @ exact
+    )
+    assert float(found.lower) <= eigenvalues.max() * (1 + 1e-12)
+    assert found.lower <= found.ritz <= found.upper
+    assert float(found.upper) >= eigenvalues.max() * (1 - 1e-12)
+    if error >= 1e-2:
+        assert not found.upper <= 1.001 * found.lower
+
+
+def test_a_float32_run_that_cannot_settle_is_followed_by_one_in_float64(monkeypatch):
+    matrices = tall(as_tensor(FAMILIES["gaussian"](np.random.default_rng(1), 120, 120))[None])
+    runs = []
+
+    def spy(operator, **options):
+        runs.append(options.get("exact") is not None)
+        if runs[-1]:
+            inner, operator = operator, lambda block: 1.05 * inner(block)
+        return largest_eigenvalue(operator, **options)
+
+    monkeypatch.setattr(factored, "largest_eigenvalue", spy)
+    values = take_rung("lu64", matrices, plan("lu64"), 1e-3)
+    assert runs == [True, False, False]
+    true = reference_kappa(matrices.entries[0].numpy())
+    assert relative_error(values.sigma_max / values.sigma_min, true) <= float(values.rtol) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-13, 2.0**12])
+def test_float32_blocks_are_the_float64_ones_rounded(dtype, scale):
+    stack = (scale * torch.randn(2, 70, 50, generator=torch.Generator().manual_seed(0))).to(dtype)
+    matrices = tall(stack)
+    for narrow, wide in zip(
+        matrices.row_blocks(torch.float32, 30), matrices.row_blocks(torch.float64, 30), strict=True
+    ):
+        assert torch.equal(narrow, wide.float())
