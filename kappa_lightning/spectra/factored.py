@@ -34,7 +34,7 @@ _FACTOR_SHARE = 0.6
 _GOOD_FACTOR = 0.45
 # κ of R may be above κ of A by the factor's error, and was by less than a fifth of its bound; counted for the width of
 # the brackets only, which are tighter for it.
-_REFINED_SHARE = 0.3
+_REFINED_SHARE = 0.2
 
 # Right singular vectors of R near its largest and its smallest singular value ↦ σ_max and σ_min of A from these.
 Refinement = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -206,8 +206,7 @@ def _ends_by_lanczos(factor: Factor, error: Tensor, n: int, rtol: float, refined
     top_share = 0.8 * budget
     gram32 = None if factor.gram32 is None else factor.gram32()
     largest = _largest(factor.gram, gram32, error, n, top_share, torch.zeros_like)
-    # One step of the power method in float64 takes away most of what Lanczos has left, here and at the bottom.
-    top = factor.gram(largest.ritz_vectors(PROBED)) if refined else largest.basis[:, :0]
+    top = largest.ritz_vectors(PROBED) if refined else largest.basis[:, :0]
     left = (budget - (largest.upper / largest.lower - 1)).clamp(min=budget - top_share).min()
     smallest = _largest(
         factor.inverse,
@@ -217,13 +216,15 @@ def _ends_by_lanczos(factor: Factor, error: Tensor, n: int, rtol: float, refined
         float(left),
         lambda top: rounding_error((largest.ritz * top).sqrt(), n),
     )
+    # One more step of inverse iteration takes away most of what Lanczos has left between neighbours at this end.
+    bottom = factor.inverse(smallest.ritz_vectors(PROBED)) if refined else smallest.basis[:, :0]
     return _Ends(
         largest.ritz.sqrt(),
         smallest.ritz.rsqrt(),
         (largest.lower.sqrt(), largest.upper.sqrt()),
         (smallest.upper.rsqrt(), smallest.lower.rsqrt()),
         top,
-        factor.inverse(smallest.ritz_vectors(PROBED)) if refined else smallest.basis[:, :0],
+        bottom,
     )
 
 
