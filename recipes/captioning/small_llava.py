@@ -64,7 +64,7 @@ SEEING = Schooling(steps=180, facts=32, samples=32, lr=2.5e-3)
 def small_llava(
     cache: Path, reading: Schooling = READING, eye_steps: int = EYE_STEPS, seeing: Schooling = SEEING
 ) -> Path:
-    """The folder of the pretrained small LLaVA; it is trained the first time, for about a minute.
+    """The folder of the pretrained small LLaVA; it is trained the first time, for a minute or so.
 
     Its language model learns the facts of the text world; then its vision tower and projector learn to show the
     language model the words for each corner of a picture; then the whole learns to name one or two groups of shapes,
