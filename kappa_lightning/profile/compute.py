@@ -1,9 +1,11 @@
-"""From weights to rows: on a GPU tensors of one shape together, otherwise one after the other."""
+"""From weights to rows: tensors of one shape together on a GPU, a matrix for each thread on a CPU."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.row import EXPERTS, KappaRow
+from kappa_lightning.profile.together import Crew, decompose_together
 from kappa_lightning.spectra import Spectrum, free_memory, spectrum
 from kappa_lightning.weights import Weight
 
@@ -30,8 +33,9 @@ def compute_rows(
     """Decompose weights, a batch at a time; the rows come in the order in which they are finished.
 
     On a GPU, tensors whose matrices have one shape go through together, as many as fit a quarter of the free memory,
-    while a thread reads the next batch and copies it there. Elsewhere it is one tensor after the other, since a
-    batch would gain nothing and the peak memory is to stay that of one tensor.
+    while a thread reads the next batch and copies it there. On a CPU, as many matrices as there are threads are worked
+    on at a time, one thread each, within a quarter of the free memory; what does not fit goes one tensor after the
+    other, in the memory of the largest. PyTorch's number of threads is put back afterwards.
 
     Args:
         weights: what is decomposed.
@@ -47,8 +51,14 @@ def compute_rows(
     if not weights:
         return
     target = _common_device(weights) if device is None else torch.device(device)
+    finish = partial(_finish, solver=solver, rtol=rtol, experts=experts, journal=journal)
+    if target is not None and target.type == "cpu":
+        crew = Crew.of(weights, torch.get_num_threads(), free_memory(target) // 4)
+        if crew.shared:
+            yield from _finish_together(crew, target, solver=solver, rtol=rtol, experts=experts, journal=journal)
+        weights = crew.alone
     for batch, tensors in _loaded(_batches(weights, target), target):
-        yield from _finish(batch, tensors, solver=solver, rtol=rtol, experts=experts, journal=journal)
+        yield from finish(batch, tensors)
         # Let go before the next batch is read, or two would be in memory.
         del tensors
 
@@ -73,18 +83,48 @@ def _finish(
             pending.append((weight, tensor, content))
     if not pending:
         return
-    for row in _decompose(pending, solver=solver, rtol=rtol, experts=experts):
+    views = [weight.view(tensor) for weight, tensor, _ in pending]
+    with _naming_what_is_not_finite(pending):
+        spectra = spectrum(views[0] if len(views) == 1 else torch.cat(views), solver=solver, rtol=rtol)
+    start = 0
+    for (weight, _, content), view in zip(pending, views, strict=True):
+        row = _row(weight, spectra[start : start + len(view)], content, experts)
         if journal is not None:
             journal.append(row)
         yield row
+        start += len(view)
 
 
-def _decompose(
-    pending: Sequence[tuple[Weight, Tensor, str]], *, solver: str, rtol: float, experts: str
+def _finish_together(
+    crew: Crew, device: torch.device, *, solver: str, rtol: float, experts: str, journal: Journal | None
 ) -> Iterator[KappaRow]:
-    views = [weight.view(tensor) for weight, tensor, _ in pending]
+    """The rows of a crew's shared weights, from the journal where it has them."""
+    known: list[KappaRow] = []
+
+    def start(weight: Weight) -> tuple[Tensor, str] | None:
+        tensor = weight.read().to(device)
+        content = fingerprint(tensor)
+        row = journal.find(weight.name, content) if journal is not None else None
+        if row is None:
+            return tensor, content
+        known.append(row)
+        return None
+
+    # Closed at once, whatever ends this: until then the workers run, and the threads are not put back.
+    with contextlib.closing(decompose_together(crew, start, partial(spectrum, solver=solver, rtol=rtol))) as together:
+        for weight, tensor, content, spectra in together:
+            with _naming_what_is_not_finite([(weight, tensor, content)]):
+                row = _row(weight, spectra(), content, experts)
+            if journal is not None:
+                journal.append(row)
+            yield row
+    yield from known
+
+
+@contextlib.contextmanager
+def _naming_what_is_not_finite(pending: Sequence[tuple[Weight, Tensor, str]]) -> Iterator[None]:
     try:
-        spectra = spectrum(views[0] if len(views) == 1 else torch.cat(views), solver=solver, rtol=rtol)
+        yield
     except ValueError as error:
         for weight, tensor, _ in pending:
             if not tensor.isfinite().all():
@@ -93,10 +133,6 @@ def _decompose(
                     "weights again, or exclude it"
                 ) from error
         raise
-    start = 0
-    for (weight, _, content), view in zip(pending, views, strict=True):
-        yield _row(weight, spectra[start : start + len(view)], content, experts)
-        start += len(view)
 
 
 def _row(weight: Weight, spectra: Spectrum, content: str, experts: str) -> KappaRow:

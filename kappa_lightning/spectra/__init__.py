@@ -6,6 +6,16 @@ parts, :mod:`certificate` the argument that a value found is the extreme one.
 """
 
 from kappa_lightning.spectra._spectrum import Spectrum, check_options, condition_number, spectrum
-from kappa_lightning.spectra.ladder import SOLVERS, free_memory
+from kappa_lightning.spectra.factor import full_precision_products
+from kappa_lightning.spectra.ladder import SOLVERS, free_memory, working_bytes
 
-__all__ = ["SOLVERS", "Spectrum", "check_options", "condition_number", "free_memory", "spectrum"]
+__all__ = [
+    "SOLVERS",
+    "Spectrum",
+    "check_options",
+    "condition_number",
+    "free_memory",
+    "full_precision_products",
+    "spectrum",
+    "working_bytes",
+]

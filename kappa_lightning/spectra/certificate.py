@@ -19,6 +19,8 @@ BLOCK = 16
 OVERLAP = 0.6
 """‖uᵀΩ‖ is above this for a fixed unit vector u, except with probability 1.7e-10."""
 
+# The ratio of one gap of the grid to the next, less 1, in units of the overlap.
+_GROWTH = 0.7
 _RECURRENCE_SEED = 0x7265_6375
 
 
@@ -28,13 +30,14 @@ def gaussian_block(rows: int, seed: int, device: torch.device) -> Tensor:
     return torch.randn(rows, BLOCK, generator=generator, dtype=torch.float64).to(device)
 
 
-def worth_bracketing(
+def bracket_prospect(
     diagonal_and_coupling: Tensor, last_coupling: Tensor, overlap: Tensor | float, tolerance: float, top: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Ask at one point whether :func:`largest_eigenvalue_interval` may succeed, at a tenth of its price.
 
     The point is λ = (1 + tolerance)·top, and h(λ) < overlap there is what the bracket needs. One Cholesky factorisation
-    of λ − T gives h, or says that the largest Ritz value has passed λ.
+    of λ − T gives h, or says that the largest Ritz value has passed λ. Where the answer is no, ``top`` is brought
+    nearer to the largest Ritz value, and the question is asked once more.
 
     Args:
         diagonal_and_coupling: T, shape (batch, 16k, 16k).
@@ -44,8 +47,18 @@ def worth_bracketing(
         top: a largest Ritz value of T or of an earlier, smaller T, shape (batch,).
 
     Returns:
-        Whether h < overlap, and ``top`` brought up to date where λ had been passed; both of shape (batch,).
+        h, which is infinite where the largest Ritz value has passed λ, and a value between ``top`` and that Ritz value;
+        both of shape (batch,).
     """
+    h, nearer = _at_one_point(diagonal_and_coupling, last_coupling, overlap, tolerance, top)
+    if bool(((h < overlap) | (nearer <= top)).all()):
+        return h, nearer
+    return _at_one_point(diagonal_and_coupling, last_coupling, overlap, tolerance, nearer)
+
+
+def _at_one_point(
+    diagonal_and_coupling: Tensor, last_coupling: Tensor, overlap: Tensor | float, tolerance: float, top: Tensor
+) -> tuple[Tensor, Tensor]:
     block = last_coupling.shape[-1]
     point = (1 + tolerance) * top[..., None, None]
     identity = torch.eye(diagonal_and_coupling.shape[-1], dtype=top.dtype, device=top.device)
@@ -53,9 +66,16 @@ def worth_bracketing(
     first_columns = torch.cholesky_solve(identity[:, :block].expand(*factor.shape[:-1], block), factor)
     h = torch.linalg.matrix_norm(last_coupling @ first_columns[..., -block:, :])
     passed = info != 0
+    h = h.masked_fill(passed, torch.inf)
+    worth = h < overlap
     if bool(passed.any()):
         top = torch.where(passed, torch.linalg.eigvalsh(diagonal_and_coupling)[..., -1], top)
-    return ~passed & (h < overlap), top
+    if not bool((passed | worth).all()):
+        # A step of inverse iteration has just been done; its Ritz value lies below the largest one of T.
+        directions = torch.linalg.qr(first_columns.nan_to_num()).Q
+        ritz = torch.linalg.eigvalsh(directions.mT @ diagonal_and_coupling @ directions)[..., -1]
+        top = torch.where(passed | worth, top, torch.maximum(top, ritz))
+    return h, top
 
 
 def largest_eigenvalue_interval(
@@ -102,7 +122,7 @@ def largest_eigenvalue_interval(
     last = coupling @ vectors[..., -block:, :]
     smallest_overlap = float(overlap)
 
-    growth = 1 + 0.7 * smallest_overlap
+    growth = 1 + _GROWTH * smallest_overlap
     # Far below what is asked for: what a sharp end leaves of the tolerance may be spent on the other one.
     start = tolerance / 16
     points = math.ceil(math.log(4.0 / start) / math.log(growth)) + 1

@@ -32,6 +32,12 @@ SMALLEST_LANCZOS = 48
 _FACTOR_SHARE = 0.6
 # Below this share a sharper bound would cost more time than the steps of Lanczos that it saves.
 _GOOD_FACTOR = 0.45
+# Of what the factor leaves, what the top of the spectrum may use up; the bottom gets what is left.
+_TOP_SHARE = 0.8
+# The width, as a share of rtol, at which a bracket of σ_max² that came for nothing is taken.
+_EASY_TOP = 0.5
+# The bounds are first-order ones.
+_LARGEST_RTOL = 0.1
 # κ of R may be above κ of A by the factor's error, and was by less than a fifth of its bound; counted for the width of
 # the brackets only, which are tighter for it.
 _REFINED_SHARE = 0.2
@@ -68,21 +74,28 @@ def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dty
         matrices: shape (count, m, n).
         rows: how many rows to convert at a time.
         rtol: wanted relative error of κ.
-        dtype: precision of the factor; in float32 the dominant directions are set apart first, and the measured bound
-            is sharpened by a second reading of A if it has to be.
+        dtype: precision of the factor; in float32 the dominant directions are set apart first, σ_max is read off A
+            itself where one of them stands out, and the measured bound is sharpened by a second reading of A if it
+            has to be.
         lanczos_from: number of columns from which on Lanczos runs instead of a full decomposition of R.
     """
     reader = _reader(matrices, rows)
     refine: Refinement | None = None
+    top: LargestEigenvalue | None = None
     if dtype == torch.float32 and matrices.cols >= SMALLEST_LANCZOS:
-        # As many bytes at a time as in float64.
+        tolerance = _EASY_TOP * min(rtol, _LARGEST_RTOL)
         with full_precision_products(dtype):
-            rotation = dominant_rotation(matrices, 2 * rows)
+            rotation, run = dominant_rotation(matrices, rows, tolerance)
+        top = run if bool((run.upper <= (1 + tolerance) * run.lower).all()) else None
+        # As many bytes at a time as in float64.
         _, upper, found = gram_cholesky(matrices, dtype, 2 * rows, rotation)
         factor = triangular_factor(upper)
         measured = factor.rotated_back(rotation)
         error, norm_squared = relative_backward_error(reader, measured, powers=2, enough=_GOOD_FACTOR * rtol)
-        refine = lambda top, bottom: extreme_ritz_values(reader, rotation.back(top), rotation.back(bottom))  # noqa: E731
+        above = None if top is None else top.ritz_vectors(PROBED)
+        refine = lambda largest, smallest: extreme_ritz_values(  # noqa: E731
+            reader, rotation.back(largest) if above is None else above, rotation.back(smallest)
+        )
     else:
         gram, upper, found = gram_cholesky(matrices, dtype, rows)
         factor = triangular_factor(upper, mirror_upper(gram).to(torch.float64))
@@ -90,7 +103,7 @@ def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dty
         if dtype == torch.float32:
             refine = partial(extreme_ritz_values, reader)
     error = error.masked_fill(~found, torch.inf)
-    return _read_off_if_close(matrices, factor, error, norm_squared, rtol, lanczos_from, refine)
+    return _read_off_if_close(matrices, factor, error, norm_squared, rtol, lanczos_from, refine, top)
 
 
 def lu_values(matrices: TallMatrices, rtol: float, lanczos_from: int) -> Values:
@@ -138,10 +151,11 @@ def _read_off_if_close(
     rtol: float,
     lanczos_from: int,
     refine: Refinement | None = None,
+    top: LargestEigenvalue | None = None,
 ) -> Values:
     """Read the values off, unless the spectrum of no member's factor could show anything."""
     if bool((error < _FACTOR_SHARE * rtol).any()):
-        return _read_off(matrices, factor, error, norm_squared, rtol, lanczos_from, refine)
+        return _read_off(matrices, factor, error, norm_squared, rtol, lanczos_from, refine, top)
     nothing = torch.full_like(error, torch.inf)
     return Values(nothing, nothing, nothing, nothing, nothing)
 
@@ -154,17 +168,22 @@ def _read_off(
     rtol: float,
     lanczos_from: int,
     refine: Refinement | None = None,
+    top: LargestEigenvalue | None = None,
 ) -> Values:
     """Find the ends of R's spectrum and bound the error of κ: R against A, Ritz values against R, and rounding.
 
     ``refine`` takes the values themselves from A. They are then Ritz values of A, which lie inside its spectrum, so
-    that κ is at least their ratio, and at most what the far ends of R's brackets leave open.
+    that κ is at least their ratio, and at most what the far ends of R's brackets leave open. ``top`` is a bracket of
+    A's own σ_max², which R need not stand for then.
     """
     n = matrices.cols
-    stretch = ((1 + error) / (1 - error)).sqrt()
     by_lanczos = n >= max(lanczos_from, SMALLEST_LANCZOS)
     refined = refine is not None
-    ends = _ends_by_lanczos(factor, error, n, rtol, refined) if by_lanczos else _ends_of_dense(factor, refined)
+    if by_lanczos:
+        ends = _ends_by_lanczos(factor, error, n, rtol, refined, top)
+    else:
+        ends, top = _ends_of_dense(factor, refined), None
+    stretch = (1 - error).rsqrt() if top is not None else ((1 + error) / (1 - error)).sqrt()
     sigma_max, sigma_min = ends.sigma_max, ends.sigma_min
     near_max, near_min = ends.bounds_max[0], ends.bounds_min[1]
     if refine is not None:
@@ -181,7 +200,8 @@ def _read_off(
         if refine is None:
             sigma_max = sigma_max.index_put((members,), largest)
             sigma_min = sigma_min.index_put((members,), smallest)
-        width = (largest / sigma_max[members]) * (sigma_min[members] / smallest)
+        above = largest if top is None else ends.bounds_max[1][members]
+        width = (above / sigma_max[members]) * (sigma_min[members] / smallest)
         exact = stretch[members] * width - 1 + rounding_error(largest / smallest, n)
         attained = attained.index_put((members,), exact)
     return Values(sigma_max, sigma_min, factor.log_volume, norm_squared.sqrt(), attained.nan_to_num(nan=torch.inf))
@@ -197,16 +217,23 @@ def _ends_of_dense(factor: Factor, refined: bool) -> _Ends:
     return _Ends(largest, smallest, *bounds, vectors[..., :PROBED, :], vectors[..., -PROBED:, :])
 
 
-def _ends_by_lanczos(factor: Factor, error: Tensor, n: int, rtol: float, refined: bool) -> _Ends:
+def _ends_by_lanczos(
+    factor: Factor, error: Tensor, n: int, rtol: float, refined: bool, top: LargestEigenvalue | None
+) -> _Ends:
     # Both widths are those of squares, so they may add up to twice what the factor leaves of rtol; what the top leaves
     # is for the bottom.
-    wanted = min(rtol, 0.1)
+    wanted = min(rtol, _LARGEST_RTOL)
     usable = float(error.masked_fill(error >= _FACTOR_SHARE * wanted, 0.0).max())
-    budget = 1.9 * (wanted - usable * (1 + _REFINED_SHARE * refined))
-    top_share = 0.8 * budget
-    gram32 = None if factor.gram32 is None else factor.gram32()
-    largest = _largest(factor.gram, gram32, error, n, top_share, torch.zeros_like)
-    top = largest.ritz_vectors(PROBED) if refined else largest.basis[:, :0]
+    # The factor's error counts at each end that is its own: half of it, in terms of σ.
+    own_ends = 2 if top is None else 1
+    budget = 1.9 * (wanted - usable * (own_ends / 2 + _REFINED_SHARE * refined))
+    top_share = _TOP_SHARE * budget
+    if top is None:
+        gram32 = None if factor.gram32 is None else factor.gram32()
+        largest = _largest(factor.gram, gram32, error, n, top_share, torch.zeros_like)
+    else:
+        largest = top
+    directions = largest.ritz_vectors(PROBED) if refined else largest.basis[:, :0]
     left = (budget - (largest.upper / largest.lower - 1)).clamp(min=budget - top_share).min()
     smallest = _largest(
         factor.inverse,
@@ -223,7 +250,7 @@ def _ends_by_lanczos(factor: Factor, error: Tensor, n: int, rtol: float, refined
         smallest.ritz.rsqrt(),
         (largest.lower.sqrt(), largest.upper.sqrt()),
         (smallest.upper.rsqrt(), smallest.lower.rsqrt()),
-        top,
+        directions,
         bottom,
     )
 

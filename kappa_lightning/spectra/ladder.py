@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from kappa_lightning.spectra.scaling import TallMatrices
 from kappa_lightning.spectra.svd import svd_values
 from kappa_lightning.spectra.values import Values
 
+_MEMORY = Path("/proc/meminfo")
 SOLVERS = ("auto", "svd")
 # Data-centre cards whose float64 products run on tensor cores or at half the float32 rate: V100, A100, H100/H200, B200.
 _FAST_FLOAT64 = frozenset({(7, 0), (8, 0), (9, 0), (10, 0)})
@@ -20,7 +22,7 @@ _FAST_FLOAT64 = frozenset({(7, 0), (8, 0), (9, 0), (10, 0)})
 _LANCZOS_FROM = {"cpu": 448}
 _LANCZOS_FROM_ELSEWHERE = 128
 # Rows that are converted at a time: so few that a CPU allocates little, so many that the products are efficient.
-_ROWS = {"cpu": 1024}
+_ROWS = {"cpu": 512}
 _ROWS_ELSEWHERE = 4096
 _FEWEST_ROWS = 128
 
@@ -78,22 +80,35 @@ def make_plan(matrices: TallMatrices, solver: str, memory_budget: int | None) ->
     budget = free_memory(device) // 4 if memory_budget is None else memory_budget
     lanczos_from = _LANCZOS_FROM.get(device.type, _LANCZOS_FROM_ELSEWHERE)
     rows = min(m, _ROWS.get(device.type, _ROWS_ELSEWHERE))
-    triangles = 8 * (6 * n * n + n * BASIS_COLUMNS)
-    if budget < triangles + 16 * rows * n:
-        rows = min(rows, max(_FEWEST_ROWS, (budget - triangles) // (16 * n)))
-    one = triangles + 16 * rows * n
+    if budget < _bytes_of_one(rows, n):
+        rows = min(rows, max(_FEWEST_ROWS, (budget - _bytes_of_one(0, n)) // (16 * n)))
+    one = _bytes_of_one(rows, n)
     if rungs == ("svd",) or n < lanczos_from:
         one = max(one, 16 * m * n)
         return Plan(rungs, max(1, budget // one), rows, lanczos_from)
     return Plan(rungs, 1 if device.type == "cpu" else max(1, budget // one), rows, lanczos_from)
 
 
+def working_bytes(rows: int, cols: int) -> int:
+    """What :func:`~kappa_lightning.spectrum` needs on a CPU for one matrix at full speed, beside the matrix."""
+    m, n = max(rows, cols), min(rows, cols)
+    return _bytes_of_one(m if n < _LANCZOS_FROM["cpu"] else min(m, _ROWS["cpu"]), n)
+
+
+def _bytes_of_one(rows: int, cols: int) -> int:
+    return 8 * (6 * cols * cols + cols * BASIS_COLUMNS) + 16 * rows * cols
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes free on a device: the driver's figure and PyTorch's cache on CUDA, the free pages on a CPU."""
+    """Bytes free on a device: the driver's figure and PyTorch's cache on CUDA, what Linux could free up on a CPU."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     try:
+        for line in _MEMORY.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+        # Without the pages that hold files, which a kernel gives away when they are needed.
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 4 << 30

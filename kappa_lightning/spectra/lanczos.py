@@ -1,5 +1,6 @@
 """Block Lanczos for the largest eigenvalue of a positive semidefinite operator, with a bracket that holds."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,16 +10,18 @@ from torch import Tensor
 from kappa_lightning.spectra.certificate import (
     BLOCK,
     OVERLAP,
+    bracket_prospect,
     gaussian_block,
     largest_eigenvalue_interval,
     recurrence_error,
-    worth_bracketing,
 )
 
 MAX_STEPS = 40
 BASIS_COLUMNS = BLOCK * (MAX_STEPS + 1)
 # A Cholesky factor with nothing smaller on its diagonal magnifies no rounding error that could matter.
 _ORTHONORMAL = 0.9
+# Of the steps that a run seems to need still, the share that it takes before it is asked again.
+_PATIENCE = 0.7
 _START_SEED = 0x6B61_7070
 
 
@@ -59,6 +62,7 @@ def largest_eigenvalue(
     tolerance: float,
     roundoff: Callable[[Tensor], Tensor] = torch.zeros_like,
     exact: Callable[[Tensor], Tensor] | None = None,
+    max_steps: int = MAX_STEPS,
 ) -> LargestEigenvalue:
     """Bracket the largest eigenvalue of a batch of symmetric positive semidefinite operators.
 
@@ -77,13 +81,15 @@ def largest_eigenvalue(
             shape (batch,), beside the 1e-12 that is always allowed for.
         exact: the operator in float64, if the run and ``operator`` are to be in float32; what that did to the
             recurrence is measured with it.
+        max_steps: how many to take at most. A run that is cut shorter than usual, and has no prospect of ``tolerance``
+            at its end, spares itself the bracket.
 
     Returns:
         The ends of :func:`.certificate.largest_eigenvalue_interval`, and the Ritz value with its vectors. Lower end,
         Ritz value and upper end are 0, 0 and inf for an operator whose numbers overflow.
     """
     # The basis must keep room for one more block, or there is nothing left to be orthogonal to.
-    steps = min(MAX_STEPS, size // BLOCK - 1)
+    steps = min(max_steps, size // BLOCK - 1)
     if steps < 2:
         raise ValueError(f"block Lanczos needs an operator of order at least {3 * BLOCK}, got {size}")
     start = gaussian_block(size, _START_SEED, device)
@@ -100,6 +106,7 @@ def largest_eigenvalue(
     lower = start.new_zeros(batch)
     ritz, upper = lower, lower + torch.inf
     coupling = start[:0]
+    ask_again, asked, previous = 0, -1, math.inf
     for step in range(steps):
         done = (step + 1) * BLOCK
         before, here = slice(done - 2 * BLOCK, done - BLOCK), slice(done - BLOCK, done)
@@ -120,9 +127,15 @@ def largest_eigenvalue(
         # The inverse of a matrix that is singular beyond float64's range overflows, and nothing can be said of it.
         lost = ~(tridiagonal.isfinite().all((-2, -1)) & coupling.isfinite().all((-2, -1)))
         known, outward = tridiagonal.masked_fill(lost[:, None, None], 0.0), coupling.nan_to_num()
-        if step < steps - 1:
-            worth, ritz = worth_bracketing(known, outward, overlap, tolerance, ritz)
-            if not bool((worth | lost).all()):
+        last = step == steps - 1
+        if step < ask_again and not last:
+            continue
+        if not last or max_steps < MAX_STEPS:
+            h, ritz = bracket_prospect(known, outward, overlap, tolerance, ritz)
+            distance = math.log(max(float((h / overlap).masked_fill(lost, 0.0).max()), 0.1))
+            if distance >= 0:
+                ask_again = step + _steps_to_skip(distance, (previous - distance) / (step - asked))
+                previous, asked = distance, step
                 continue
         if exact is None:
             ritz, upper = largest_eigenvalue_interval(
@@ -138,6 +151,11 @@ def largest_eigenvalue(
         if bool((lost | (upper <= (1 + tolerance) * lower)).all()):
             break
     return LargestEigenvalue(lower, ritz, upper, basis[:, :done], known)
+
+
+def _steps_to_skip(distance: float, slope: float) -> int:
+    """How many steps to take before asking again, with ln(h/overlap) = ``distance`` and so much less in each step."""
+    return max(1, int(_PATIENCE * distance / slope)) if 0 < slope < math.inf and distance < math.inf else 1
 
 
 def _measured_interval(

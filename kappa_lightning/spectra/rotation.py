@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kappa_lightning.spectra.certificate import BLOCK, gaussian_block
+from kappa_lightning.spectra.certificate import BLOCK
+from kappa_lightning.spectra.lanczos import LargestEigenvalue, largest_eigenvalue
 from kappa_lightning.spectra.scaling import TallMatrices
 
-_RANGE_SEED = 0x726F_7461
+# Enough for directions that stand out, and for a bracket of the first of them.
+_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +56,35 @@ class Rotation:
         return torch.baddbmm(block, block @ reflectors.mT, kernel.mT @ reflectors, alpha=-1.0)
 
 
-def dominant_rotation(matrices: TallMatrices, rows: int) -> Rotation:
-    """Find approximate dominant right singular vectors by two steps of subspace iteration in float32.
+def dominant_rotation(matrices: TallMatrices, rows: int, tolerance: float) -> tuple[Rotation, LargestEigenvalue]:
+    """Find approximate dominant right singular vectors by three steps of block Lanczos on AᵀA in float32.
 
-    Nothing rests on their accuracy: any rotation leaves the singular values as they are.
+    Nothing rests on their accuracy: any rotation leaves the singular values as they are. Where a direction stands out,
+    the same steps also bracket σ_max(A)².
 
     Args:
-        matrices: shape (count, m, n), n > 16.
-        rows: how many rows to convert at a time.
+        matrices: shape (count, m, n), n ≥ 48.
+        rows: how many rows to convert to float64 at a time, and twice as many to float32.
+        tolerance: wanted relative width of the bracket.
+
+    Returns:
+        The rotation, and the run: its upper end is inf where it has shown nothing.
     """
-    start = gaussian_block(matrices.cols, _RANGE_SEED, matrices.entries.device).to(torch.float32)
-    image = _gram_product(matrices, start.mT.expand(matrices.count, -1, -1), rows)
-    basis = torch.linalg.qr(image.mT).Q.mT
-    image = _gram_product(matrices, basis, rows)
+    run = largest_eigenvalue(
+        lambda block: _gram_product(matrices, block, 2 * rows),
+        matrices.cols,
+        matrices.count,
+        device=matrices.entries.device,
+        tolerance=tolerance,
+        exact=lambda block: _gram_product(matrices, block, rows),
+        max_steps=_STEPS,
+    )
     # The largest first, and one direction to an axis: two that shared theirs would be as ill-conditioned as before.
-    ritz = torch.linalg.eigh((image @ basis.mT).to(torch.float64)).eigenvectors.flip(-1)
-    return Rotation.onto_first_axes(torch.linalg.qr((ritz.mT @ image.to(torch.float64)).mT).Q.mT)
+    return Rotation.onto_first_axes(run.ritz_vectors(BLOCK).flip(-2)), run
 
 
 def _gram_product(matrices: TallMatrices, block: Tensor, rows: int) -> Tensor:
     product = torch.zeros_like(block)
-    for part in matrices.row_blocks(torch.float32, rows):
-        product = torch.baddbmm(product, block @ part.mT, part)
+    for part in matrices.row_blocks(block.dtype, rows):
+        product.baddbmm_(block @ part.mT, part)
     return product

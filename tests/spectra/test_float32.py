@@ -103,7 +103,10 @@ def test_ritz_values_of_the_matrix_are_off_by_the_square_of_the_error(error):
 def test_without_the_rotation_float32_shows_nothing_for_it(monkeypatch):
     matrices = tall(learned(700, 480, 500.0)[None])
     axes = torch.eye(480, dtype=torch.float64)[None, :16]
-    monkeypatch.setattr(factored, "dominant_rotation", lambda *_: Rotation.onto_first_axes(axes))
+    original = factored.dominant_rotation
+    monkeypatch.setattr(
+        factored, "dominant_rotation", lambda *given: (Rotation.onto_first_axes(axes), original(*given)[1])
+    )
     assert not take_rung("gram32", matrices, plan("gram32"), 1e-3).rtol <= 1e-3
 
 
@@ -138,7 +141,7 @@ def test_a_wrong_float32_factor_is_refused(monkeypatch):
 @pytest.mark.parametrize("family", ["gaussian", "spiky", "row_scaled", "dead_column"])
 def test_a_rotation_is_orthogonal_and_is_undone(family):
     matrices = tall(as_tensor(np.stack([FAMILIES[family](np.random.default_rng(s), 90, 60) for s in range(2)])))
-    rotation = dominant_rotation(matrices, 50)
+    rotation, _ = dominant_rotation(matrices, 50, 5e-4)
     block = matrices.scaled(torch.float64)
     rotated = rotation.of_rows(block.clone())
     torch.testing.assert_close(rotation.back(rotated), block, rtol=0, atol=1e-13)
@@ -149,14 +152,45 @@ def test_a_rotation_puts_the_largest_directions_first():
     matrices = tall(learned(300, 200, 50.0)[None])
     scaled = matrices.scaled(torch.float64)
     sigma = torch.linalg.svdvals(scaled)[0]
-    lengths = torch.linalg.vector_norm(dominant_rotation(matrices, 100).of_rows(scaled), dim=-2)[0]
+    lengths = torch.linalg.vector_norm(dominant_rotation(matrices, 100, 5e-4)[0].of_rows(scaled), dim=-2)[0]
     torch.testing.assert_close(lengths[:4], sigma[:4], rtol=1e-3, atol=0)
     assert lengths[16:].max() < sigma[4]
 
 
+def test_directions_that_stand_out_are_bracketed_without_the_factor():
+    """σ_max² of the matrix itself; in a crowd three steps show nothing, and say so."""
+    matrices = tall(torch.cat([learned(300, 200, 50.0)[None], learned(300, 200, 80.0)[None]]))
+    sigma = torch.linalg.svdvals(matrices.scaled(torch.float64))[:, 0]
+    _, run = dominant_rotation(matrices, 100, 5e-4)
+    assert bool((run.lower <= sigma**2).all())
+    assert bool((sigma**2 <= run.upper).all())
+    assert bool((run.upper <= (1 + 5e-4) * run.lower).all())
+    crowded = tall(as_tensor(FAMILIES["gaussian"](np.random.default_rng(1), 300, 200))[None])
+    assert float(dominant_rotation(crowded, 100, 5e-4)[1].upper) == np.inf
+
+
+def test_a_wrong_bracket_of_the_top_is_refused(monkeypatch):
+    """The float32 run that gives the rotation is measured before anything is read off it."""
+    from kappa_lightning.spectra import rotation as module
+
+    inner = module._gram_product
+    monkeypatch.setattr(
+        module,
+        "_gram_product",
+        lambda matrices, block, rows: inner(matrices, block, rows) * (1.05 if block.dtype == torch.float32 else 1.0),
+    )
+    matrices = tall(learned(300, 200, 50.0)[None])
+    assert float(dominant_rotation(matrices, 100, 5e-4)[1].upper) > 1.05 * float(
+        torch.linalg.matrix_norm(matrices.scaled(torch.float64), 2) ** 2
+    )
+    values = take_rung("gram32", matrices, plan("gram32"), 1e-3)
+    true = reference_kappa(learned(300, 200, 50.0).numpy())
+    assert relative_error(values.sigma_max / values.sigma_min, true) <= float(values.rtol) <= 1e-3
+
+
 def test_measured_bound_of_a_rotated_factor_holds():
     matrices = tall(learned(300, 200, 50.0)[None])
-    rotation = dominant_rotation(matrices, 100)
+    rotation, _ = dominant_rotation(matrices, 100, 5e-4)
     _, upper, _ = gram_cholesky(matrices, torch.float32, 100, rotation)
     factor = triangular_factor(upper)
     scaled = matrices.scaled(torch.float64)

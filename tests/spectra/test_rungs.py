@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra_matrices import EPS, FAMILIES, FULL_RANK, as_tensor, reference_kappa, relative_error
 
-from kappa_lightning.spectra.certificate import gaussian_block, largest_eigenvalue_interval, worth_bracketing
+from kappa_lightning.spectra.certificate import bracket_prospect, gaussian_block, largest_eigenvalue_interval
 from kappa_lightning.spectra.factor import (
     gram_cholesky,
     lu_factor,
@@ -170,8 +170,8 @@ def test_cheap_question_before_the_bracket_never_puts_off_an_answer():
         block, coupling = torch.linalg.qr(image[:, -16:] - basis @ tridiagonal[:, -16:])
         arguments = (tridiagonal[None], coupling[None], overlap, tolerance)
         lower, upper = largest_eigenvalue_interval(*arguments, torch.zeros_like)
-        worth, top = worth_bracketing(*arguments, top)
-        answers.append((bool(worth), bool(upper <= (1 + tolerance) * lower)))
+        h, top = bracket_prospect(*arguments, top)
+        answers.append((bool(h < overlap), bool(upper <= (1 + tolerance) * lower)))
         assert lower / (1 + tolerance) <= top <= lower * (1 + 1e-12)
         basis, _ = torch.linalg.qr(torch.cat([basis, block], 1))
     assert (False, False) in answers
