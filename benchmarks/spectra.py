@@ -1,8 +1,9 @@
-"""How fast is κ, and how right? ``spectrum`` against PEFT's selector, a full SVD, and the bare factorisation.
+"""How fast is κ, and how right? A profile against PEFT's selector, a full SVD, and the bare factorisation.
 
 Run one case, or several: ``python -m benchmarks.spectra tinyllama minilm``. All competitors run in the same process on
-the same weights, by turns; the figures that matter are the ratios. Of many matrices of one shape only the first few
-run, and the times are scaled up by the count: such figures carry a ~.
+the same weights, by turns; the figures that matter are the ratios. PEFT's selector and ``KappaProfile`` get the same
+model. Of many matrices of one shape only the first few run, and the times are scaled up by the count: such figures
+carry a ~.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kappa_lightning import KappaProfile
 from kappa_lightning.spectra import spectrum
 
 NAMES = (
@@ -73,62 +75,78 @@ def case_weights(name: str, spikes: int) -> list[Tensor]:
     return [weight(shape, generator, spikes) for shape in shapes[name]]
 
 
-def run_ours(matrix: Tensor) -> list[float]:
-    return spectrum(matrix).kappa.flatten().tolist()
+def model_of(tensors: Sequence[Tensor]) -> nn.Module:
+    """A model of these weights, each in a block of its own; a stack is one of fused experts."""
+    model = nn.Module()
+    for index, tensor in enumerate(tensors):
+        block = nn.Module()
+        if tensor.ndim == 2:
+            block.layer = nn.Linear(1, 1, bias=False)
+            block.layer.weight = nn.Parameter(tensor, requires_grad=False)
+        else:
+            block.mlp = nn.Module()
+            block.mlp.gate_up_proj = nn.Parameter(tensor, requires_grad=False)
+        model.add_module(f"block{index}", block)
+    return model
 
 
-def run_peft(matrix: Tensor) -> list[float]:
-    """PEFT's own selector, on a model of this one weight."""
+def run_profile(tensors: Sequence[Tensor]) -> list[float]:
+    """The package's own pass over the model: condition numbers, log-volumes, norms and fingerprints."""
+    return [row.kappa for row in KappaProfile.from_model(model_of(tensors), progress=False)]
+
+
+def run_peft(tensors: Sequence[Tensor]) -> list[float]:
+    """PEFT's own selector, on the same model."""
     from peft.helpers import KappaTuneSelector
 
-    model = nn.Module()
-    if matrix.ndim == 2:
-        model.layer = nn.Linear(1, 1, bias=False)
-        model.layer.weight = nn.Parameter(matrix, requires_grad=False)
-    else:
-        model.mlp = nn.Module()
-        model.mlp.gate_up_proj = nn.Parameter(matrix, requires_grad=False)
-    selector = KappaTuneSelector(model, show_progress=False)
+    selector = KappaTuneSelector(model_of(tensors), show_progress=False)
     selector.get_best_targets()
     selector.get_best_target_parameters()
     return [*(selector._condition_numbers or {}).values(), *(selector._parameter_condition_numbers or {}).values()]
 
 
-def run_svd(matrix: Tensor) -> list[float]:
+def run_spectrum(tensors: Sequence[Tensor]) -> list[float]:
+    """The solver alone, one tensor after the other."""
+    return [kappa for tensor in tensors for kappa in spectrum(tensor).kappa.flatten().tolist()]
+
+
+def run_svd(tensors: Sequence[Tensor]) -> list[float]:
     """The way of the reference implementation: all of U, S and V of the matrix as it lies."""
-    return [
-        float(s[0] / s[-1]) for s in torch.linalg.svd(matrix, full_matrices=False).S.reshape(-1, min(matrix.shape[-2:]))
-    ]
+    values = [torch.linalg.svd(tensor, full_matrices=False).S for tensor in tensors]
+    return [float(s[0] / s[-1]) for stack in values for s in stack.reshape(-1, stack.shape[-1])]
 
 
-def run_floor(matrix: Tensor) -> list[float]:
+def run_floor(tensors: Sequence[Tensor]) -> list[float]:
     """The bare float32 factorisation: LU of a square matrix, R of a QR otherwise."""
-    tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
-    if tall.shape[-2] == tall.shape[-1]:
-        torch.linalg.lu_factor(tall)
-    else:
-        torch.linalg.qr(tall, mode="r")
+    for tensor in tensors:
+        if tensor.shape[-2] == tensor.shape[-1]:
+            torch.linalg.lu_factor(tensor.mT)
+        else:
+            run_qr([tensor])
     return []
 
 
-def run_qr(matrix: Tensor) -> list[float]:
+def run_qr(tensors: Sequence[Tensor]) -> list[float]:
     """The bare float32 QR, of square matrices as well."""
-    torch.linalg.qr(matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT, mode="r")
+    for tensor in tensors:
+        torch.linalg.qr(tensor if tensor.shape[-2] >= tensor.shape[-1] else tensor.mT, mode="r")
     return []
 
 
-def run_qr64(matrix: Tensor) -> list[float]:
+def run_qr64(tensors: Sequence[Tensor]) -> list[float]:
     """The bare float64 QR, of square matrices as well."""
-    return run_qr(matrix.double())
+    return run_qr([tensor.double() for tensor in tensors])
 
 
-def run_floor64(matrix: Tensor) -> list[float]:
+def run_floor64(tensors: Sequence[Tensor]) -> list[float]:
     """The same in float64, the precision in which a κ of 1e4 and more is known to 1e-3."""
-    return run_floor(matrix.double())
+    return run_floor([tensor.double() for tensor in tensors])
 
 
-COMPETITORS: dict[str, Callable[[Tensor], list[float]]] = {
-    "spectrum": run_ours,
+Competitor = Callable[[Sequence[Tensor]], list[float]]
+
+COMPETITORS: dict[str, Competitor] = {
+    "KappaProfile": run_profile,
     "PEFT selector": run_peft,
     "torch.linalg.svd": run_svd,
     "bare LU/QR float32": run_floor,
@@ -168,13 +186,12 @@ def peak_memory(device: torch.device, peak: list[int]) -> Iterator[None]:
         peak.append(max(0, highest[0] - before))
 
 
-def measure(run: Callable[[Tensor], list[float]], matrices: Sequence[Tensor]) -> Measurement:
-    """Time a competitor on some tensors, one after the other."""
+def measure(run: Competitor, matrices: Sequence[Tensor]) -> Measurement:
+    """Time a competitor on some tensors."""
     peak: list[int] = []
     with peak_memory(matrices[0].device, peak):
         start = time.perf_counter()
-        for matrix in matrices:
-            run(matrix)
+        run(matrices)
         if matrices[0].is_cuda:
             torch.cuda.synchronize(matrices[0].device)
         seconds = time.perf_counter() - start
@@ -182,8 +199,8 @@ def measure(run: Callable[[Tensor], list[float]], matrices: Sequence[Tensor]) ->
 
 
 def largest_errors(weights: list[Tensor], limit: int | None) -> dict[str, float]:
-    """The largest relative errors of κ, spectrum's and PEFT's, against float64 singular values of the tall matrix."""
-    runs = {label: COMPETITORS[label] for label in ("spectrum", "PEFT selector")}
+    """The largest relative errors of κ, ours and PEFT's, against float64 singular values of the tall matrix."""
+    runs = {label: COMPETITORS[label] for label in ("KappaProfile", "PEFT selector")}
     worst = dict.fromkeys(runs, 0.0)
     seen: dict[tuple[int, ...], int] = {}
     for tensor in weights:
@@ -196,7 +213,7 @@ def largest_errors(weights: list[Tensor], limit: int | None) -> dict[str, float]
             sigma = torch.linalg.svdvals(tall.double())
             true = float(sigma[0] / sigma[-1])
             for label, run in runs.items():
-                worst[label] = max(worst[label], abs(run(matrix)[0] - true) / true)
+                worst[label] = max(worst[label], abs(run([matrix])[0] - true) / true)
     return worst
 
 
@@ -206,7 +223,8 @@ def compare(name: str, weights: list[Tensor], limit: int | None, repeats: int) -
     They take turns on the same matrices, and of each the fastest turn counts: a slow spell of the machine then falls on
     all of them, or on none.
     """
-    run_ours(weights[0][..., : min(512, weights[0].shape[-2]), :])
+    for run in COMPETITORS.values():
+        run([weights[0][..., : min(512, weights[0].shape[-2]), :]])
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
     for tensor in weights:
         by_shape.setdefault(tuple(tensor.shape), []).append(tensor)
@@ -223,7 +241,7 @@ def compare(name: str, weights: list[Tensor], limit: int | None, repeats: int) -
             total[label].peak_bytes = max(total[label].peak_bytes, *(turn[label].peak_bytes for turn in turns))
             print(f"{name} {shape}: {label} {fastest.seconds:.3f} s", file=sys.stderr, flush=True)
     errors = largest_errors(weights, limit)
-    ours = total["spectrum"].seconds
+    ours = total["KappaProfile"].seconds
     about = "~" if scaled else ""
     return [
         f"| {name} | {label} | {about}{m.seconds:.3g} | {m.seconds / ours:.2f} | {m.peak_bytes / 2**20:.0f} "
@@ -233,7 +251,7 @@ def compare(name: str, weights: list[Tensor], limit: int | None, repeats: int) -
 
 
 HEADER = [
-    "| case | competitor | seconds | times spectrum | peak extra MiB | largest error of κ |",
+    "| case | competitor | seconds | times KappaProfile | peak extra MiB | largest error of κ |",
     "| --- | --- | ---: | ---: | ---: | ---: |",
 ]
 
@@ -245,11 +263,11 @@ def floor(repeats: int) -> list[str]:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     generator = torch.Generator().manual_seed(0)
-    run_ours(weight((512, 500), generator))
+    run_spectrum([weight((512, 500), generator)])
     for shape in [(2048, 2048), (4096, 4096), (2048, 5632), (5632, 2048), (8192, 2048), (4096, 14336)]:
         for label, spikes in (("learned", 4), ("noise", 0)):
             matrix = weight(shape, generator, spikes)
-            runs = {"ours": run_ours, "QR float32": run_qr, "QR float64": run_qr64}
+            runs = {"ours": run_spectrum, "QR float32": run_qr, "QR float64": run_qr64}
             if shape[0] == shape[1]:
                 runs |= {"LU float32": run_floor, "LU float64": run_floor64}
             best = dict.fromkeys(runs, math.inf)
@@ -258,7 +276,7 @@ def floor(repeats: int) -> list[str]:
             for _ in range(repeats):
                 for name, run in runs.items():
                     start = time.perf_counter()
-                    kappa = (run(matrix) or [kappa])[0]
+                    kappa = (run([matrix]) or [kappa])[0]
                     best[name] = min(best[name], time.perf_counter() - start)
             ratios = [
                 f"{best['ours'] / best[name]:.2f}" if name in best else ""
@@ -279,7 +297,7 @@ def scaling() -> list[str]:
     shapes += [(m, 1024) for m in (4096, 16384, 65536)]
     for shape in [*shapes, (1, 128, 128), (16, 128, 128), (256, 128, 128)]:
         matrix = weight(shape, generator)
-        m = measure(run_ours, [matrix])
+        m = measure(run_spectrum, [matrix])
         size = matrix.numel() * matrix.itemsize / 2**20
         rows.append(f"| {'×'.join(map(str, shape))} | {m.seconds:.3f} | {m.peak_bytes / 2**20:.0f} | {size:.0f} |")
     return rows
@@ -295,7 +313,7 @@ def mixtral(spikes: int) -> list[str]:
     seconds, peak = 0.0, 0
     for _ in range(32):
         for shape in shapes:
-            m = measure(run_ours, [weight(shape, generator, spikes).bfloat16()])
+            m = measure(run_spectrum, [weight(shape, generator, spikes).bfloat16()])
             seconds, peak = seconds + m.seconds, max(peak, m.peak_bytes)
     device = torch.cuda.get_device_name()
     return [*HEADER, f"| mixtral on {device} | spectrum | {seconds:.1f} | 1.00 | {peak / 2**20:.0f} | |"]
@@ -305,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spectra", description=__doc__)
     parser.add_argument("cases", nargs="+", choices=NAMES, help="what to run")
     parser.add_argument("--full", action="store_true", help="run every matrix: no ~ figures")
-    parser.add_argument("--subset", type=int, default=1, help="matrices of each shape that run (default 1)")
+    parser.add_argument("--subset", type=int, default=8, help="matrices of each shape that run (default 8)")
     parser.add_argument(
         "--repeats", type=int, default=3, help="turns of every competitor, of which the fastest counts (default 3)"
     )

@@ -46,7 +46,8 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     """Compute condition numbers to a guaranteed relative error, and the values that come with them.
 
     κ = σ_max / σ_min does not change when a matrix is transposed or multiplied by a number, and neither does what is
-    computed: each matrix is worked on in its tall orientation and divided by a power of two near its largest entry.
+    computed: each matrix is worked on in its tall orientation and, where its entries are extreme, divided by a power of
+    two.
     ``solver="auto"`` goes from cheap to exact (:mod:`kappa_lightning.spectra.ladder`): a triangular factor, block
     Lanczos at both ends of its spectrum, a measured bound for the factor
     (:func:`~kappa_lightning.spectra.factor.relative_backward_error`)

@@ -56,8 +56,8 @@ class Factor:
         return replace(
             self,
             solve=lambda block: rotation.back(self.solve(block)),
-            solve_transposed=lambda block: self.solve_transposed(rotation.of_rows(block.clone())),
-            gram=lambda block: rotation.back(self.gram(rotation.of_rows(block.clone()))),
+            solve_transposed=lambda block: self.solve_transposed(rotation.of_rows(block)),
+            gram=lambda block: rotation.back(self.gram(rotation.of_rows(block))),
             gram32=None,
             inverse32=None,
         )
@@ -87,7 +87,7 @@ def gram_cholesky(
     with full_precision_products(dtype):
         for index, part in enumerate(matrices.row_blocks(dtype, rows)):
             if rotation is not None:
-                rotation.of_rows(part)
+                part = rotation.of_rows(part)
             for first in range(0, n, width):
                 target = gram[..., first : first + width, first:]
                 # beta = 0 makes the first block overwrite what the fresh memory holds.

@@ -46,9 +46,10 @@ class Rotation:
         return cls(y.mT.contiguous(), kernel)
 
     def of_rows(self, block: Tensor) -> Tensor:
-        """Rotate rows in place: X ↦ XH for X of shape (count, rows, n), in its own dtype."""
+        """Rotate rows: X ↦ XH, a new tensor, for X of shape (count, rows, n), in its own dtype."""
         reflectors, kernel = self.reflectors.to(block.dtype), self.kernel.to(block.dtype)
-        return block.baddbmm_(block @ reflectors.mT, kernel @ reflectors, alpha=-1.0)
+        # Of a copy, which has the order of its dimensions in memory; that of a new result can be the slow one.
+        return block.clone().baddbmm_(block @ reflectors.mT, kernel @ reflectors, alpha=-1.0)
 
     def back(self, block: Tensor) -> Tensor:
         """Undo :meth:`of_rows`: X ↦ XHᵀ, a new tensor."""

@@ -9,21 +9,26 @@ from torch import Tensor
 
 # Powers of two up to here, and their inverses, are float32 numbers with room to spare.
 _MODERATE_EXPONENT = 60
+# Up to here sums of squares are, too, so that nothing need be scaled.
+_HARMLESS_EXPONENT = 20
 
 
 @dataclass(frozen=True, slots=True)
 class TallMatrices:
     """A stack of matrices with rows ≥ cols, each to be read as 2^−exponent times its entries.
 
-    The power of two puts the largest |entry| into [1/2, 1) and is exact, so the scale of a weight cannot change its κ.
+    The power of two puts the largest |entry| into [1/2, 1), unless it is between 1e-6 and 1e6 anyway, and is exact, so
+    the scale of a weight cannot change its κ.
 
     Attributes:
         entries: shape (count, rows, cols), any real floating dtype; a view of the caller's tensor where possible.
         exponent: shape (count,), int32.
+        is_scaled: whether any exponent is not 0.
     """
 
     entries: Tensor
     exponent: Tensor
+    is_scaled: bool
 
     @classmethod
     def of(cls, stack: Tensor, largest: Tensor) -> "TallMatrices":
@@ -32,7 +37,9 @@ class TallMatrices:
         A square matrix is transposed as well: LAPACK wants columns contiguous, and those of the transpose usually are.
         """
         tall = stack if stack.shape[-2] > stack.shape[-1] else stack.mT
-        return cls(tall, torch.frexp(largest).exponent)
+        exponent = torch.frexp(largest).exponent
+        exponent = exponent.masked_fill(exponent.abs() <= _HARMLESS_EXPONENT, 0)
+        return cls(tall, exponent, bool(exponent.any()))
 
     @property
     def count(self) -> int:
@@ -51,17 +58,23 @@ class TallMatrices:
 
     def take(self, members: Tensor | slice) -> "TallMatrices":
         """Select matrices by a slice (a view) or by an index tensor (a copy)."""
-        return TallMatrices(self.entries[members], self.exponent[members])
+        return TallMatrices(self.entries[members], self.exponent[members], self.is_scaled)
 
     def scaled(self, dtype: torch.dtype) -> Tensor:
         """Return the scaled matrices, a new tensor of shape (count, rows, cols) in the memory order of ``entries``."""
-        return next(self.row_blocks(dtype, self.rows))
+        whole = next(self.row_blocks(dtype, self.rows))
+        return whole if whole.data_ptr() != self.entries.data_ptr() else whole.clone()
 
     def row_blocks(self, dtype: torch.dtype, rows: int) -> Iterator[Tensor]:
         """Yield the scaled matrices from top to bottom, at most ``rows`` rows at a time.
 
-        Every block is written over the one before: fresh memory costs more than the conversion.
+        Every block is written over the one before: fresh memory costs more than the conversion. Where nothing needs
+        converting they are the caller's own entries, and must not be changed.
         """
+        if dtype == self.entries.dtype and not self.is_scaled:
+            for first in range(0, self.rows, rows):
+                yield self.entries[:, first : first + rows]
+            return
         if dtype == torch.float32 and self.entries.dtype != torch.float64 and self._scales_in_float32():
             yield from self._rounded_row_blocks(rows)
             return
@@ -73,10 +86,11 @@ class TallMatrices:
         rounded = block if dtype == torch.float64 else torch.empty_like(block, dtype=dtype)
         for first in range(0, self.rows, rows):
             source = self.entries[:, first : first + rows]
-            part = block[:, : source.shape[-2]]
-            # Not one mixed product: the CPU would first convert into a temporary.
-            part.copy_(source).mul_(scale)
-            if self.entries.dtype == torch.float64:
+            part = block[:, : source.shape[-2]].copy_(source)
+            if self.is_scaled:
+                # Not one mixed product: the CPU would first convert into a temporary.
+                part.mul_(scale)
+            if self.is_scaled and self.entries.dtype == torch.float64:
                 part.mul_(rest)
             yield part if rounded is block else rounded[:, : source.shape[-2]].copy_(part)
 
@@ -89,7 +103,8 @@ class TallMatrices:
         block = torch.empty_like(self.entries[:, :rows], dtype=torch.float32)
         for first in range(0, self.rows, rows):
             source = self.entries[:, first : first + rows]
-            yield block[:, : source.shape[-2]].copy_(source).mul_(scale)
+            part = block[:, : source.shape[-2]].copy_(source)
+            yield part.mul_(scale) if self.is_scaled else part
 
     def unscale(self, values: Tensor) -> Tensor:
         """Scale singular values or norms of shape (count,) back to those of the caller's matrices."""
