@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget = _budget(args)
         _check_outputs(args)
         return _scan(args, budget)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader has what it wants, as `head` does; what is left in the buffer must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError, TypeError, ImportError, torch.OutOfMemoryError, MemoryError) as error:
+        hint = "" if args.device in (None, torch.device("cpu")) else "; --device cpu may have the memory"
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        reason = f"out of memory{hint} ({error})" if out_of_memory else error
+        print(f"{parser.prog}: error: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hint = "; the same command goes on from there" if args.out else ""

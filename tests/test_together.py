@@ -1,7 +1,12 @@
 """Several matrices at a time on a CPU: the same rows, the same errors, and nothing of it left behind."""
 
+import dataclasses
+import gc
 import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from torch import nn
 import kappa_lightning.profile.compute as compute
 import kappa_lightning.profile.together as together
 from kappa_lightning import KappaProfile, Spectrum
+from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.together import Crew, decompose_together
 from kappa_lightning.weights import find_weights
 
@@ -24,8 +30,14 @@ def three_threads(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
-    assert torch.get_num_threads() == 3
+    assert threads_of_a_new_thread() == torch.get_num_threads() == 3
     torch.set_num_threads(before)
+
+
+def threads_of_a_new_thread():
+    """A new thread takes the number that was set last, by whichever thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
 
 
 @pytest.fixture
@@ -108,6 +120,26 @@ def test_one_thread_hands_nothing_over(seen):
     torch.set_num_threads(3)
 
 
+def test_sharded_weights_are_read_in_the_models_order(monkeypatch):
+    """All their processes read them together, and each may have other threads and memory."""
+    weights = weights_of(8, 9, 10, 8, 8)
+    sharded = {"1.weight", "2.weight"}
+    monkeypatch.setattr(type(weights[0]), "is_sharded", property(lambda weight: weight.name in sharded))
+    crew = Crew.of(weights, 3, PLENTY)
+    assert names(crew.alone) == ["1.weight", "2.weight"]
+
+
+def test_a_weight_that_is_too_large_for_the_memory_leaves_the_others_side_by_side():
+    weights = weights_of(*[64] * 8, 128)
+    crew = Crew.of(weights, 3, 4 * together._bytes_in_work(weights[0]))
+    assert (crew.workers, names(crew.alone)) == (3, ["8.weight"])
+
+
+def test_what_is_moved_out_does_not_count_for_what_stays():
+    """The largest is for all threads; the next one would then hold up the rest as well."""
+    assert names(Crew.of(weights_of(8, 8, 20, 60), 2, PLENTY).alone) == ["2.weight", "3.weight"]
+
+
 def test_rows_are_those_of_numpy_in_the_models_order(net, seen):
     profile = KappaProfile.from_model(net, progress=False)
     assert {threads for _, _, threads in seen} == {1}
@@ -141,17 +173,17 @@ def test_small_experts_are_handed_over_several_at_a_time(monkeypatch, seen):
 def test_weight_that_is_not_finite_is_named(net):
     with torch.no_grad():
         net["layer3"].weight[3, 3] = float("nan")
-    precision = torch.get_float32_matmul_precision()
+    precision = torch.backends.mkldnn.matmul.fp32_precision
     with pytest.raises(ValueError, match=r"^layer3\.weight\b.*NaN or infinite"):
         KappaProfile.from_model(net, progress=False)
-    assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision
 
 
 def test_lowered_precision_is_kept_from_the_workers_and_put_back(net, monkeypatch):
     inside, original = [], compute.spectrum
 
     def spy(matrix, **options):
-        inside.append(torch.get_float32_matmul_precision())
+        inside.append(torch.backends.mkldnn.matmul.fp32_precision)
         return original(matrix, **options)
 
     monkeypatch.setattr(compute, "spectrum", spy)
@@ -162,7 +194,7 @@ def test_lowered_precision_is_kept_from_the_workers_and_put_back(net, monkeypatc
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert set(inside) == {"highest"}
+    assert set(inside) == {"ieee"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -190,26 +222,41 @@ def test_interrupted_pass_goes_on_with_only_the_rest(net, tmp_path, monkeypatch,
     assert profile == KappaProfile.from_model(net, progress=False)
 
 
-def test_no_more_weights_are_in_memory_than_there_are_workers_and_one():
+def test_no_more_weights_are_in_memory_than_there_are_workers_and_one(monkeypatch):
+    alive, most = weakref.WeakSet(), 0
     weights = weights_of(*[8] * 12)
-    crew = Crew.of(weights, 3, PLENTY)
-    read, most = 0, 0
 
-    def start(weight):
-        nonlocal read, most
-        read += 1
-        most = max(most, read - finished)
-        return weight.read().detach(), "0"
+    def read(weight):
+        nonlocal most
+        tensor = torch.randn(weight.shape)
+        alive.add(tensor)
+        gc.collect()
+        most = max(most, len(alive))
+        return tensor
 
-    def slow(matrices):
+    def slow(matrix, **options):
         time.sleep(0.002)
-        return Spectrum(*[torch.ones(len(matrices))] * 6)
+        return Spectrum(*[torch.ones(len(matrix))] * 6)
 
-    finished = 0
-    for _ in decompose_together(crew, start, slow):
-        finished += 1
-    assert finished == 12
+    monkeypatch.setattr(compute, "spectrum", slow)
+    fresh = [dataclasses.replace(weight, read=partial(read, weight)) for weight in weights]
+    assert len(list(compute.compute_rows(fresh))) == 12
     assert 3 < most <= 4
+
+
+def test_known_rows_come_when_they_are_met(net, tmp_path):
+    """Not at the end, when the progress bar has nothing left to show."""
+    weights = find_weights(net)
+    journal = Journal(tmp_path / "partial", {})
+    for row in compute.compute_rows(weights, journal=journal):
+        last = row.name
+    with torch.no_grad():
+        dict(net.named_parameters())[last].mul_(2)
+    rows = compute.compute_rows(weights, journal=Journal(tmp_path / "partial", {}))
+    shared = [weight.name for weight in Crew.of(weights, 3, PLENTY).shared]
+    shared.remove(last)
+    assert [next(rows).name for _ in shared] == shared
+    assert [row.name for row in rows] == [last]
 
 
 def test_a_large_weight_does_not_keep_the_others_waiting():
@@ -224,11 +271,21 @@ def test_a_large_weight_does_not_keep_the_others_waiting():
         return Spectrum(*[torch.ones(len(matrices))] * 6)
 
     order = []
-    for weight, *_ in decompose_together(crew, lambda weight: (weight.read().detach(), "0"), decompose):
-        order.append(weight.name)
+    for done in decompose_together(crew, lambda weight: weight.read().detach(), decompose, lambda tensor: "0"):
+        order.append(done.weight.name)
         if len(order) == 3:
             others_done.set()
     assert order == ["1.weight", "2.weight", "3.weight", "0.weight"]
+
+
+def test_an_error_of_who_watches_ends_the_work(net):
+    def watch(weights, rows):
+        yield next(iter(rows))
+        raise RuntimeError("the bar broke")
+
+    with pytest.raises(RuntimeError, match="the bar broke") as caught:
+        KappaProfile.from_weights(find_weights(net), device=None, solver="auto", rtol=1e-3, watch=watch)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kappa")], caught
 
 
 def test_a_pass_that_is_given_up_leaves_no_thread(net):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -29,13 +29,14 @@ def compute_rows(
     rtol: float = 1e-3,
     experts: str = "mean",
     journal: Journal | None = None,
-) -> Iterator[KappaRow]:
+) -> Generator[KappaRow, None, None]:
     """Decompose weights, a batch at a time; the rows come in the order in which they are finished.
 
     On a GPU, tensors whose matrices have one shape go through together, as many as fit a quarter of the free memory,
     while a thread reads the next batch and copies it there. On a CPU, as many matrices as there are threads are worked
     on at a time, one thread each, within a quarter of the free memory; what does not fit goes one tensor after the
-    other, in the memory of the largest. PyTorch's number of threads is put back afterwards.
+    other, in the memory of the largest, with all threads. Which of the two it was can change κ by rounding, as the
+    number of threads can. PyTorch's number of threads is put back afterwards.
 
     Args:
         weights: what is decomposed.
@@ -84,7 +85,7 @@ def _finish(
     if not pending:
         return
     views = [weight.view(tensor) for weight, tensor, _ in pending]
-    with _naming_what_is_not_finite(pending):
+    with _naming_what_is_not_finite([(weight, tensor) for weight, tensor, _ in pending]):
         spectra = spectrum(views[0] if len(views) == 1 else torch.cat(views), solver=solver, rtol=rtol)
     start = 0
     for (weight, _, content), view in zip(pending, views, strict=True):
@@ -101,32 +102,36 @@ def _finish_together(
     """The rows of a crew's shared weights, from the journal where it has them."""
     known: list[KappaRow] = []
 
-    def start(weight: Weight) -> tuple[Tensor, str] | None:
+    def read(weight: Weight) -> Tensor | None:
         tensor = weight.read().to(device)
-        content = fingerprint(tensor)
-        row = journal.find(weight.name, content) if journal is not None else None
-        if row is None:
-            return tensor, content
-        known.append(row)
-        return None
+        if journal is not None and weight.name in journal:
+            row = journal.find(weight.name, fingerprint(tensor))
+            if row is not None:
+                known.append(row)
+                return None
+        return tensor
 
+    together = decompose_together(crew, read, partial(spectrum, solver=solver, rtol=rtol), fingerprint)
     # Closed at once, whatever ends this: until then the workers run, and the threads are not put back.
-    with contextlib.closing(decompose_together(crew, start, partial(spectrum, solver=solver, rtol=rtol))) as together:
-        for weight, tensor, content, spectra in together:
-            with _naming_what_is_not_finite([(weight, tensor, content)]):
-                row = _row(weight, spectra(), content, experts)
+    with contextlib.closing(together):
+        for done in together:
+            if done is None:
+                yield known.pop()
+                continue
+            with _naming_what_is_not_finite([(done.weight, done.tensor)]):
+                row = _row(done.weight, done.spectrum(), done.content.result(), experts)
+            del done
             if journal is not None:
                 journal.append(row)
             yield row
-    yield from known
 
 
 @contextlib.contextmanager
-def _naming_what_is_not_finite(pending: Sequence[tuple[Weight, Tensor, str]]) -> Iterator[None]:
+def _naming_what_is_not_finite(pending: Sequence[tuple[Weight, Tensor]]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        for weight, tensor, _ in pending:
+        for weight, tensor in pending:
             if not tensor.isfinite().all():
                 raise ValueError(
                     f"{weight.name} has entries that are NaN or infinite, so it has no condition number: load the "

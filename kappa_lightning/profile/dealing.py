@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,7 @@ from kappa_lightning.profile.row import KappaRow
 from kappa_lightning.weights import Weight
 from kappa_lightning.weights.sharded import Place, collect, is_sharded, place_of
 
-Compute = Callable[[Sequence[Weight]], Iterator[KappaRow]]
+Compute = Callable[[Sequence[Weight]], Generator[KappaRow, None, None]]
 Watch = Callable[[Sequence[Weight], Iterator[KappaRow]], Iterable[KappaRow]]
 
 
@@ -36,18 +37,23 @@ def compute_dealt(
     """
     watch = watch or (lambda _, rows: rows)
     if processes.count == 1:
-        yield from watch(weights, compute(weights))
+        # Whatever ends the watching ends the work at once, and not when somebody lets go of the last reference to it.
+        with closing(compute(weights)) as rows:
+            yield from watch(weights, rows)
         return
     _require_same(weights, processes)
     present = deal([weight for weight in weights if not weight.is_sharded], processes.count)[processes.rank]
     with processes.failing_together():
-        own = list(watch(present, compute(present))) if present else []
+        own = []
+        if present:
+            with closing(compute(present)) as rows:
+                own = list(watch(present, rows))
     rounds = _rounds([weight for weight in weights if weight.is_sharded], processes.count)
     if rounds:
         share = [weights[processes.rank] for weights in rounds if processes.rank < len(weights)]
         own += watch(share, _compute_sharded(rounds, compute, processes))
-    for rows in processes.gather(own):
-        yield from rows
+    for share_of_rows in processes.gather(own):
+        yield from share_of_rows
 
 
 def _require_same(weights: Sequence[Weight], processes: Processes) -> None:

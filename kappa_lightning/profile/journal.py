@@ -42,6 +42,10 @@ class Journal:
         lines = [json.dumps(encode(row.to_dict())) for row in self._rows.values()]
         write_text_file(self.path, "\n".join([header, *lines]) + "\n")
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor of this name was finished, whatever its content was."""
+        return any(known == name for known, _ in self._rows)
+
     def find(self, name: str, fingerprint: str) -> KappaRow | None:
         """The finished row of a tensor with this content."""
         return self._rows.get((name, fingerprint))

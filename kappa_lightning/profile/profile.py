@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ class KappaProfile:
             if save_to is not None and here:  # on other nodes than the first the folder may not be there
                 journal = Journal(f"{os.fspath(save_to)}.partial", settings, rank=processes.rank)
 
-        def compute(share: Sequence[Weight]) -> Iterator[KappaRow]:
+        def compute(share: Sequence[Weight]) -> Generator[KappaRow, None, None]:
             return compute_rows(share, device=device, solver=solver, rtol=rtol, experts=experts, journal=journal)
 
         finished = {row.name: row for row in compute_dealt(weights, compute, processes, watch)}

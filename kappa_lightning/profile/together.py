@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,12 +46,18 @@ class Crew:
             threads: how many there are.
             memory: the bytes that weights in work, and the work on them, may take.
         """
-        heavy = [weight for weight in weights if weight.cost >= _LIGHT]
+        # A sharded weight is read by all its processes together, so in an order that is the same on each of them.
+        heavy = [weight for weight in weights if weight.cost >= _LIGHT and not weight.is_sharded]
+        # Without the few that are too large, as long as most of the work is left to share.
+        fitting = [weight for weight in heavy if _bytes_in_work(weight) * (threads + 1) <= memory]
+        if 2 * sum(weight.cost for weight in fitting) >= sum(weight.cost for weight in heavy):
+            heavy = fitting
         largest = max(map(_bytes_in_work, heavy), default=1)
         # One weight more than there are workers is read ahead.
         workers = min(threads, memory // largest - 1)
-        share = sum(weight.cost for weight in heavy) / max(workers, 1)
-        shared = [weight for weight in heavy if weight.cost / weight.stack_shape[0] <= share] if workers > 1 else []
+        shared = heavy if workers > 1 else []
+        while shared and _longest(shared) * workers > sum(weight.cost for weight in shared):
+            shared = [weight for weight in shared if _cost_of_one(weight) < _longest(shared)]
         if sum(weight.stack_shape[0] for weight in shared) < 2:
             shared = []
         names = {weight.name for weight in shared}
@@ -64,7 +70,10 @@ class Crew:
 
     @contextmanager
     def at_work(self) -> Iterator[ThreadPoolExecutor]:
-        """A pool of the workers; whatever ends the block, the threads of this process are as they were afterwards."""
+        """A pool of the workers; whatever ends the block, the threads of this process are as they were afterwards.
+
+        What stays is that glibc keeps more freed memory than before, up to 64 MiB for each thread.
+        """
         before = torch.get_num_threads()
         # glibc keeps freed memory, instead of giving it back and having it zeroed anew, in blocks up to the largest
         # that was ever freed, at most 32 MiB; untouched, such a block costs nothing. A profile takes a tenth less.
@@ -75,56 +84,83 @@ class Crew:
             try:
                 yield pool
             finally:
-                pool.shutdown(cancel_futures=True)
-                # Setting the threads of a worker changes those of MKL for the whole process.
-                torch.set_num_threads(before)
+                try:
+                    pool.shutdown(cancel_futures=True)
+                finally:
+                    # What a worker sets becomes the number of every thread that uses PyTorch for the first time.
+                    torch.set_num_threads(before)
 
 
 @dataclass(slots=True, eq=False)
-class _InWork:
+class Decomposed:
+    """A weight whose work is done.
+
+    Attributes:
+        weight: the weight.
+        tensor: what was read.
+        content: its fingerprint.
+        parts: the spectra of its matrices, some at a time.
+    """
+
     weight: Weight
     tensor: Tensor
-    content: str
+    content: Future[str]
     parts: list[Future[Spectrum]]
 
-
-Start = Callable[[Weight], tuple[Tensor, str] | None]
-"""Reads a weight: the tensor and its fingerprint, or ``None`` if its row is known already."""
+    def spectrum(self) -> Spectrum:
+        """The spectra of all matrices, or what decomposing one of them raised."""
+        spectra = [part.result() for part in self.parts]
+        return Spectrum(*(torch.cat([getattr(one, field.name) for one in spectra]) for field in fields(Spectrum)))
 
 
 def decompose_together(
-    crew: Crew, start: Start, decompose: Callable[[Tensor], Spectrum]
-) -> Generator[tuple[Weight, Tensor, str, Callable[[], Spectrum]], None, None]:
+    crew: Crew,
+    read: Callable[[Weight], Tensor | None],
+    decompose: Callable[[Tensor], Spectrum],
+    identify: Callable[[Tensor], str],
+) -> Generator[Decomposed | None, None, None]:
     """Decompose the shared weights of a crew, in the order in which they are finished.
 
     This thread reads, one weight ahead of the workers, since reading may need what only one thread can do.
 
     Args:
         crew: who works on what.
-        start: is called in this thread, weight by weight.
+        read: is called in this thread, weight by weight; ``None`` if there is nothing to do for one.
         decompose: (count, rows, cols) → spectrum; is called by the workers.
+        identify: the fingerprint of a tensor; is called by the workers.
 
     Yields:
-        Each weight with its tensor, its fingerprint and what gives its spectrum, or raises what decomposing it raised.
+        Each weight with what was found, ``None`` for one that had nothing to do.
     """
     waiting = iter(crew.shared)
-    running: dict[Future[Spectrum], _InWork] = {}
+    running: dict[Future[Any], Decomposed] = {}
     with crew.at_work() as pool:
         while True:
-            while len(running) <= crew.workers and (weight := next(waiting, None)) is not None:
-                read = start(weight)
-                if read is not None:
-                    parts = [pool.submit(decompose, part) for part in _parts(weight, read[0])]
-                    running |= dict.fromkeys(parts, _InWork(weight, *read, parts))
+            while _wants_more(running, crew.workers) and (weight := next(waiting, None)) is not None:
+                tensor = read(weight)
+                if tensor is None:
+                    yield None
+                    continue
+                parts = [pool.submit(decompose, part) for part in _parts(weight, tensor)]
+                work = Decomposed(weight, tensor, pool.submit(identify, tensor), parts)
+                running |= dict.fromkeys([*parts, work.content], work)
+                # What stays named here would stay in memory until the next is read.
+                del tensor, parts, work
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             # In the order in which they were begun: a set has none.
-            for part in [part for part in running if part in finished]:
-                work = running.pop(part)
-                if not any(other in running for other in work.parts):
-                    yield work.weight, work.tensor, work.content, partial(_joined, work.parts)
-                del work
+            for future in [future for future in running if future in finished]:
+                done = running.pop(future)
+                if not any(other in running for other in (*done.parts, done.content)):
+                    yield done
+                del done
+
+
+def _wants_more(running: Mapping[Future[Any], Decomposed], workers: int) -> bool:
+    """Whether a worker might soon have nothing to do, and no more weights are in memory than workers."""
+    matrices = sum(future is not work.content for future, work in running.items())
+    return matrices <= workers and len({id(work) for work in running.values()}) <= workers
 
 
 def _parts(weight: Weight, tensor: Tensor) -> Sequence[Tensor]:
@@ -133,9 +169,12 @@ def _parts(weight: Weight, tensor: Tensor) -> Sequence[Tensor]:
     return torch.split(weight.view(tensor), max(1, _LIGHT * count // weight.cost))
 
 
-def _joined(parts: Sequence[Future[Spectrum]]) -> Spectrum:
-    spectra = [part.result() for part in parts]
-    return Spectrum(*(torch.cat([getattr(one, field.name) for one in spectra]) for field in fields(Spectrum)))
+def _cost_of_one(weight: Weight) -> float:
+    return weight.cost / weight.stack_shape[0]
+
+
+def _longest(weights: Sequence[Weight]) -> float:
+    return max(map(_cost_of_one, weights))
 
 
 def _bytes_in_work(weight: Weight) -> int:

@@ -1,10 +1,12 @@
 """Bounds that turn a converged Lanczos run, or a computed factor, into a statement about the matrix itself.
 
 All bounds rest on one fact about a Gaussian block Ω of 16 columns. For a fixed unit vector u the 16 entries of uᵀΩ are
-independent standard normals, so ‖uᵀΩ‖² is χ² with 16 degrees of freedom, and Chernoff's inequality gives
-P(χ²₁₆ ≤ t) ≤ (t/16)⁸ exp(8 − t/2), which is below 1.7e-10 at t = 0.36. Every use below fails with at most that
-probability over the draw of Ω; one spectrum uses five (a factor is measured, two Lanczos runs start and are measured),
-hence the 1e-9 that the package states.
+independent standard normals, so ‖uᵀΩ‖² is χ² with 16 degrees of freedom, and P(χ²₁₆ ≤ t) = exp(−t/2) Σ_{j≥8} (t/2)ʲ/j!
+is below 2.4e-11 at t = 0.36. Every use below fails with at most that probability over the draw of Ω. A matrix that
+climbs the whole ladder meets at most 34 uses: on each of the three rungs with a factor one measurement of it and two
+Lanczos runs, each of which starts at most twice (in float32 and in float64) and is measured at most three times in
+float32; and one more float32 run, with a start block of its own, for the rotation. Together that is below the 1e-9
+that the package states for each matrix.
 """
 
 import math
@@ -17,7 +19,7 @@ BLOCK = 16
 """Columns of every random block; the probability above is for this number."""
 
 OVERLAP = 0.6
-"""‖uᵀΩ‖ is above this for a fixed unit vector u, except with probability 1.7e-10."""
+"""‖uᵀΩ‖ is above this for a fixed unit vector u, except with probability 2.4e-11."""
 
 # The ratio of one gap of the grid to the next, less 1, in units of the overlap.
 _GROWTH = 0.7
@@ -72,7 +74,8 @@ def _at_one_point(
         top = torch.where(passed, torch.linalg.eigvalsh(diagonal_and_coupling)[..., -1], top)
     if not bool((passed | worth).all()):
         # A step of inverse iteration has just been done; its Ritz value lies below the largest one of T.
-        directions = torch.linalg.qr(first_columns.nan_to_num()).Q
+        usable = torch.where(passed[..., None, None], identity[:, :block], first_columns)
+        directions = torch.linalg.qr(usable).Q
         ritz = torch.linalg.eigvalsh(directions.mT @ diagonal_and_coupling @ directions)[..., -1]
         top = torch.where(passed | worth, top, torch.maximum(top, ritz))
     return h, top
@@ -152,7 +155,7 @@ def recurrence_error(
     r"""Measure what is wrong with a block Lanczos recurrence that was computed in lower precision.
 
     With M the operator and E = M[Q₁ … Q_k] − [Q₁ … Q_k]T − Q_{k+1}B_kE_kᵀ as the numbers stand, E is applied in
-    float64 to a Gaussian block G, and ‖E‖₂ ≤ ‖EG‖_F / 0.6 except with probability 1.7e-10. The argument of
+    float64 to a Gaussian block G, and ‖E‖₂ ≤ ‖EG‖_F / 0.6 except with probability 2.4e-11. The argument of
     :func:`largest_eigenvalue_interval` then holds with ‖E‖₂ as the error of the recurrence, and the Ritz vector s has a
     Rayleigh quotient of at least θ − ‖E‖₂/√(1−d) − d‖B_k‖/(1−d), where d = ‖QᵀQ − I‖₂ is measured as well.
 

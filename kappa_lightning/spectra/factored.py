@@ -33,7 +33,7 @@ _FACTOR_SHARE = 0.6
 # Below this share a sharper bound would cost more time than the steps of Lanczos that it saves.
 _GOOD_FACTOR = 0.45
 # Of what the factor leaves, what the top of the spectrum may use up; the bottom gets what is left.
-_TOP_SHARE = 0.8
+_TOP_SHARE = 0.9
 # The width, as a share of rtol, at which a bracket of σ_max² that came for nothing is taken.
 _EASY_TOP = 0.5
 # The bounds are first-order ones.
@@ -191,6 +191,11 @@ def _read_off(
 
     rounding = rounding_error(sigma_max / sigma_min, n)
     attained = stretch * (ends.bounds_max[1] / near_max) * (near_min / ends.bounds_min[0]) - 1 + rounding
+    # What is found inside A's spectrum must lie inside the brackets, or one of the two is wrong.
+    outside = (near_max > (1 + 1e-9) * stretch * ends.bounds_max[1]) | (
+        near_min < (1 - 1e-9) / stretch * ends.bounds_min[0]
+    )
+    attained = attained.masked_fill(outside, torch.inf)
     # The factor is good and only Lanczos did not settle, as when a hundred singular values crowd at an end.
     crowded = ~(attained <= rtol) & (stretch - 1 + rounding <= rtol)
     if by_lanczos and bool(crowded.any()):

@@ -1,5 +1,6 @@
 """The choice of method: a ladder from cheap to exact, climbed only by the matrices that need it."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from kappa_lightning.spectra.svd import svd_values
 from kappa_lightning.spectra.values import Values
 
 _MEMORY = Path("/proc/meminfo")
+_CONTAINER = Path("/sys/fs/cgroup")
 SOLVERS = ("auto", "svd")
 # Data-centre cards whose float64 products run on tensor cores or at half the float32 rate: V100, A100, H100/H200, B200.
 _FAST_FLOAT64 = frozenset({(7, 0), (8, 0), (9, 0), (10, 0)})
@@ -107,19 +109,28 @@ def free_memory(device: torch.device) -> int:
     try:
         for line in _MEMORY.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
+                return int(min(int(line.split()[1]) << 10, _left_to_container()))
         # Without the pages that hold files, which a kernel gives away when they are needed.
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 4 << 30
 
 
+def _left_to_container() -> float:
+    """Bytes up to the limit of the control group, if there is one."""
+    try:
+        limit, used = ((_CONTAINER / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        return math.inf if limit.strip() == "max" else max(0, int(limit) - int(used))
+    except (OSError, ValueError):
+        return math.inf
+
+
 def climb(matrices: TallMatrices, members: Sequence[int], plan: Plan, rtol: float) -> Values:
     """Work the given members up the ladder; the others get the values of a zero matrix.
 
     The host waits for a GPU once a rung, to learn which members go on, and within a chunk a number of times that does
-    not depend on the number of members: after the factorisation, each time its error is measured, in each step of the
-    two Lanczos runs, and to ask whether any of them failed to settle.
+    not depend on the number of members: after the factorisation, each time its error is measured, a few times in a step
+    of Lanczos, and to ask whether any of them failed to settle.
     """
     values = Values.empty(matrices.count, matrices.entries.device)
     pending = list(members)

@@ -22,7 +22,11 @@ BASIS_COLUMNS = BLOCK * (MAX_STEPS + 1)
 _ORTHONORMAL = 0.9
 # Of the steps that a run seems to need still, the share that it takes before it is asked again.
 _PATIENCE = 0.7
-_START_SEED = 0x6B61_7070
+# How often a run in float32 is measured before it is given up; the certificate counts them.
+_MEASUREMENTS = 3
+# ‖QᵀQ − I‖ up to which a basis in float32 is taken for orthonormal.
+_MOST_SKEW = 1e-3
+START_SEED = 0x6B61_7070
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +67,13 @@ def largest_eigenvalue(
     roundoff: Callable[[Tensor], Tensor] = torch.zeros_like,
     exact: Callable[[Tensor], Tensor] | None = None,
     max_steps: int = MAX_STEPS,
+    seed: int = START_SEED,
 ) -> LargestEigenvalue:
     """Bracket the largest eigenvalue of a batch of symmetric positive semidefinite operators.
 
     Sixteen vectors at a time, with full reorthogonalisation, because the block is what makes both the matrix products
-    and the certificate cheap. The whole batch takes the same steps; after each the host asks whether it
-    has settled.
+    and the certificate cheap. The whole batch takes the same steps; the host asks whether it has settled, after
+    each of the first ones and then less often, as far as the end seems to be away.
 
     Args:
         operator: maps (batch, 16, size) to the same shape: blocks come as rows, the layout in which float64 products
@@ -83,16 +88,18 @@ def largest_eigenvalue(
             recurrence is measured with it.
         max_steps: how many to take at most. A run that is cut shorter than usual, and has no prospect of ``tolerance``
             at its end, spares itself the bracket.
+        seed: of the start block, which must not depend on anything that the operator was made with.
 
     Returns:
         The ends of :func:`.certificate.largest_eigenvalue_interval`, and the Ritz value with its vectors. Lower end,
-        Ritz value and upper end are 0, 0 and inf for an operator whose numbers overflow.
+        Ritz value and upper end are 0, 0 and inf for an operator whose numbers overflow, and the lower and the upper
+        end are 0 and inf where a run that was cut short has shown nothing.
     """
     # The basis must keep room for one more block, or there is nothing left to be orthogonal to.
     steps = min(max_steps, size // BLOCK - 1)
     if steps < 2:
         raise ValueError(f"block Lanczos needs an operator of order at least {3 * BLOCK}, got {size}")
-    start = gaussian_block(size, _START_SEED, device)
+    start = gaussian_block(size, seed, device)
     dtype = torch.float64 if exact is None else torch.float32
     # What rounding the start block to float32 can take from its overlap is far less than the last term.
     orthonormal, triangle = torch.linalg.qr(start)
@@ -106,7 +113,8 @@ def largest_eigenvalue(
     lower = start.new_zeros(batch)
     ritz, upper = lower, lower + torch.inf
     coupling = start[:0]
-    ask_again, asked, previous = 0, -1, math.inf
+    ask_again, asked, previous = 1, 0, math.inf
+    measured = 0
     for step in range(steps):
         done = (step + 1) * BLOCK
         before, here = slice(done - 2 * BLOCK, done - BLOCK), slice(done - BLOCK, done)
@@ -143,12 +151,13 @@ def largest_eigenvalue(
             )
             lower = ritz
         else:
+            measured += 1
             lower, ritz, upper = _measured_interval(
                 basis[:, : done + BLOCK], known, outward, overlap, tolerance, exact, roundoff
             )
         lower, ritz = lower.masked_fill(lost, 0.0), ritz.masked_fill(lost, 0.0)
         upper = upper.masked_fill(lost, torch.inf)
-        if bool((lost | (upper <= (1 + tolerance) * lower)).all()):
+        if measured == _MEASUREMENTS or bool((lost | (upper <= (1 + tolerance) * lower)).all()):
             break
     return LargestEigenvalue(lower, ritz, upper, basis[:, :done], known)
 
@@ -172,11 +181,13 @@ def _measured_interval(
     reach = torch.linalg.matrix_norm(coupling)
     # B_k stands in h with a block Q_{k+1} whose norm is not quite 1.
     stretched = coupling * (1 + skew).sqrt()[:, None, None]
+    # uᵀ[Q₁ … Q_k] may be a little longer than u, and what it is a bound of grows with it.
+    seen = overlap / math.sqrt(1 + _MOST_SKEW)
     ritz, upper = largest_eigenvalue_interval(
-        tridiagonal, stretched, overlap, tolerance, lambda top: 1e-12 + roundoff(top) + error / top
+        tridiagonal, stretched, seen, tolerance, lambda top: 1e-12 + roundoff(top) + error / top
     )
     lower = ritz - error / (1 - skew).sqrt() - skew * reach / (1 - skew)
-    sound = (skew < 0.1) & (lower > 0)
+    sound = (skew < _MOST_SKEW) & (lower > 0)
     return lower.where(sound, 0.0), ritz.where(sound, 0.0), upper.where(sound, torch.inf)
 
 

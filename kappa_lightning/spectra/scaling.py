@@ -9,15 +9,15 @@ from torch import Tensor
 
 # Powers of two up to here, and their inverses, are float32 numbers with room to spare.
 _MODERATE_EXPONENT = 60
-# Up to here sums of squares are, too, so that nothing need be scaled.
-_HARMLESS_EXPONENT = 20
+# Up to here sums of squares, and products of two of them, are, too, so that nothing need be scaled.
+_HARMLESS_EXPONENT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class TallMatrices:
     """A stack of matrices with rows ≥ cols, each to be read as 2^−exponent times its entries.
 
-    The power of two puts the largest |entry| into [1/2, 1), unless it is between 1e-6 and 1e6 anyway, and is exact, so
+    The power of two puts the largest |entry| into [1/2, 1), unless it is between 1e-5 and 1e4 anyway, and is exact, so
     the scale of a weight cannot change its κ.
 
     Attributes:

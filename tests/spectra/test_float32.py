@@ -1,5 +1,7 @@
 """What float32 contributes, a factor and a Lanczos run, is measured in float64 and refused where it is not enough."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -177,15 +179,55 @@ def test_a_wrong_bracket_of_the_top_is_refused(monkeypatch):
     monkeypatch.setattr(
         module,
         "_gram_product",
-        lambda matrices, block, rows: inner(matrices, block, rows) * (1.05 if block.dtype == torch.float32 else 1.0),
+        lambda matrices, block, rows: inner(matrices, block, rows) * (0.95 if block.dtype == torch.float32 else 1.0),
     )
     matrices = tall(learned(300, 200, 50.0)[None])
-    assert float(dominant_rotation(matrices, 100, 5e-4)[1].upper) > 1.05 * float(
-        torch.linalg.matrix_norm(matrices.scaled(torch.float64), 2) ** 2
-    )
+    largest = float(torch.linalg.matrix_norm(matrices.scaled(torch.float64), 2) ** 2)
+    assert float(dominant_rotation(matrices, 100, 5e-4)[1].upper) >= largest
     values = take_rung("gram32", matrices, plan("gram32"), 1e-3)
     true = reference_kappa(learned(300, 200, 50.0).numpy())
     assert relative_error(values.sigma_max / values.sigma_min, true) <= float(values.rtol) <= 1e-3
+
+
+def test_the_run_behind_the_rotation_starts_from_a_block_of_its_own():
+    """What is certified with a start block must not have been made with it."""
+    matrices = tall(learned(300, 200, 50.0)[None])
+    _, rotating = dominant_rotation(matrices, 100, 5e-4)
+    certified = largest_eigenvalue(lambda block: block, 200, 1, device=CPU, tolerance=1e-3)
+    overlaps = torch.linalg.svdvals(rotating.basis[0, :16].double() @ certified.basis[0, :16].mT)
+    assert overlaps.max() < 0.8
+
+
+def test_a_crowd_at_the_bottom_below_directions_that_stand_out():
+    """σ_max comes from the bracket on A, σ_min from all singular values of the factor."""
+    sigma = np.concatenate([[300.0, 200.0, 90.0], np.linspace(3, 2, 57), np.full(140, 1.0) + 1e-5 * np.arange(140)])
+    matrix = with_singular_values(np.random.default_rng(5), 300, 200, sigma)
+    values = take_rung("gram32", tall(as_tensor(matrix)[None]), plan("gram32"), 1e-3)
+    assert relative_error(values.sigma_max / values.sigma_min, reference_kappa(matrix)) <= float(values.rtol) <= 1e-3
+
+
+@pytest.mark.parametrize("shape", [(700, 480), (500, 470), (480, 900)], ids=str)
+@pytest.mark.parametrize("strength", [3.0, 20.0, 400.0])
+def test_large_matrices_with_directions_that_stand_out(shape, strength):
+    matrix = learned(*shape, strength)
+    result = spectrum(matrix)
+    assert relative_error(result.kappa, reference_kappa(matrix.numpy())) <= float(result.rtol) <= 1e-3
+
+
+@pytest.mark.parametrize("end", ["bounds_max", "bounds_min"])
+def test_a_bracket_that_does_not_hold_what_was_found_shows_nothing(monkeypatch, end):
+    matrices = tall(learned(300, 200, 50.0)[None])
+    inner = factored._ends_by_lanczos
+
+    def spoilt(*arguments):
+        ends = inner(*arguments)
+        low, high = getattr(ends, end)
+        factor = 0.9 if end == "bounds_max" else 1.1
+        return replace(ends, **{end: (factor * low, factor * high)})
+
+    monkeypatch.setattr(factored, "_ends_by_lanczos", spoilt)
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: matrix.new_zeros(len(matrix), 200))
+    assert not take_rung("gram32", matrices, plan("gram32"), 1e-3).rtol <= 1e-3
 
 
 def test_measured_bound_of_a_rotated_factor_holds():

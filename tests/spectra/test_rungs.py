@@ -251,6 +251,20 @@ def test_cards_with_slow_float64_start_in_float32(monkeypatch, capability, first
     assert rungs[-1] == "svd"
 
 
+def test_new_precision_settings_are_kept_away_and_put_back():
+    """PyTorch's older interface raises an error once the newer one was used."""
+    matrices = tall(torch.randn(1, 200, 64, generator=torch.Generator().manual_seed(0)))
+    plain = gram_cholesky(matrices, torch.float32, 64)[1]
+    products = torch.backends.mkldnn.matmul
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    try:
+        lowered = gram_cholesky(matrices, torch.float32, 64)[1]
+        assert products.fp32_precision == "bf16"
+    finally:
+        products.fp32_precision = before
+    assert torch.equal(plain, lowered)
+
+
 def test_float32_products_ignore_a_lowered_matmul_precision_and_restore_it():
     matrices = tall(torch.randn(1, 200, 64, generator=torch.Generator().manual_seed(0)))
     before = torch.get_float32_matmul_precision()
