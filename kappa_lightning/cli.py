@@ -137,8 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     scan = commands.add_parser(
         "scan",
         help="profile a checkpoint and show what would train",
-        description="Profile the weight matrices of a checkpoint by condition number κ, from disk one tensor at a "
-        "time, and show what would train. Without a budget, --top-p 0.2.",
+        description="Profile the weight matrices of a checkpoint by condition number κ, from disk tensor by "
+        "tensor, and show what would train. Without a budget, --top-p 0.2.",
     )
     scan.add_argument(
         "model", metavar="MODEL", help=".safetensors file, folder of one or of shards, .ckpt, or hub id in the cache"

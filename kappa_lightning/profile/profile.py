@@ -121,12 +121,14 @@ class KappaProfile:
         experts: str = "mean",
         save_to: str | os.PathLike[str] | None = None,
     ) -> KappaProfile:
-        """Decompose the matrices of a checkpoint, read from disk one tensor at a time.
+        """Decompose the matrices of a checkpoint, read from disk tensor by tensor.
 
-        A checkpoint does not tell a buffer from a weight: one of floats in two or more dimensions, such as a cache of
-        positions or a mask, has a row, which counts in a budget unless ``exclude`` names it and which :meth:`check`
-        passes over. transformers 5 stores the experts of a MoE layer one by one and fuses them when it loads them, so
-        their rows are not those of the model, and :meth:`check` says so; for such a model use :meth:`from_model`.
+        In memory is at most one tensor more than there are threads, within a quarter of the free memory, and only one
+        where more do not fit. A checkpoint does not tell a buffer from a weight: one of floats in two or more
+        dimensions, such as a cache of positions or a mask, has a row, which counts in a budget unless ``exclude`` names
+        it and which :meth:`check` passes over. transformers 5 stores the experts of a MoE layer one by one and fuses
+        them when it loads them, so their rows are not those of the model, and :meth:`check` says so; for such a model
+        use :meth:`from_model`.
 
         Args:
             path: a ``.safetensors`` file, a folder with one or with an index and its shards, a Lightning ``.ckpt`` or

@@ -54,6 +54,12 @@ def fan_out(row: Scorable) -> float:
     return rows / cols
 
 
+@register("kappa_without_embeddings")
+def kappa_without_embeddings(row: Scorable) -> float:
+    """κ, with the embeddings last: a row of theirs belongs to a token, whatever is read from it."""
+    return math.inf if "embed" in row.name else row.kappa
+
+
 @register("depth")
 def depth(row: Scorable) -> float:
     """The layer's index, −1 for what has none: the first layers train first."""
