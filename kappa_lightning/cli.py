@@ -63,7 +63,7 @@ def _scan(args: argparse.Namespace, budget: Budget) -> int:
     if args.figure is not None:
         profile_figure(profile, names, title=f"{'/'.join(Path(args.model).parts[-2:])}, {budget}").savefig(args.figure)
     if args.names:
-        print("\n".join(names))
+        print("\n".join(names), flush=True)
         return 0
     console = Console()
     ranking = rank(profile, args.criterion, within=args.within, seed=args.seed)

@@ -489,3 +489,25 @@ def test_installed_command_fails_with_one_line_and_status_one(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("kappa-lightning: error: ")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_reader_who_has_seen_enough_is_no_error(checkpoint):
+    """As in ``kappa-lightning scan MODEL --names | head``."""
+    script = Path(sys.executable).parent / "kappa-lightning"
+    process = subprocess.Popen(
+        [script, "scan", str(checkpoint), "--names"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert "rror" not in err
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_lack_of_memory_is_an_error_without_a_traceback(scan, monkeypatch, error):
+    def full(*arguments, **options):
+        raise error("tried to allocate 1 TiB")
+
+    monkeypatch.setattr(kappa_lightning.profile.compute, "spectrum", full)
+    assert_error(scan("--device", "cpu"), "out of memory", "tried to allocate 1 TiB")
