@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from ranks import on_ranks
@@ -17,6 +20,18 @@ from tiny import Spy, TinyNet, loader, make_trainer, numpy_ranking, trainable
 from torch.utils.data import DataLoader
 
 from kappa_lightning import AccuracyProbe, ForgettingEval, KappaFreezeCallback, KappaMonitor
+
+
+class LeaveAtExit(pl.Callback):
+    """Destroys the process group when a process ends, or gloo's threads may abort it when its memory is taken down."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def launch(strategy: str, root: Path) -> dict[str, Any]:
@@ -27,7 +42,7 @@ def launch(strategy: str, root: Path) -> dict[str, Any]:
     module = TinyNet()
     freeze, monitor = KappaFreezeCallback(num_tensors=2, profile=root / "profile.json"), KappaMonitor()
     forgetting = ForgettingEval({"old": AccuracyProbe(loader())})
-    trainer = make_trainer(root, freeze, monitor, forgetting, strategy=strategy, devices=2)
+    trainer = make_trainer(root, freeze, monitor, forgetting, LeaveAtExit(), strategy=strategy, devices=2)
     trainer.fit(module, loader())
     return {
         "metrics": {tag: value.item() for tag, value in trainer.callback_metrics.items()},
