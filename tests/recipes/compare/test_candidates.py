@@ -46,3 +46,13 @@ def test_criterion_is_that_of_the_singular_values(name, net):
 def test_depth_ranks_what_has_none_first_and_then_layer_by_layer(net):
     names = [row.name.removesuffix(".weight") for row in rank(KappaProfile.from_model(net, progress=False), "depth")]
     assert names == ["stem", *(f"blocks.{depth}.{part}" for depth in range(3) for part in ("down", "up"))]
+
+
+def test_kappa_without_embeddings_is_kappa_with_the_embeddings_last():
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"embed_tokens": nn.Embedding(40, 6), "wide": nn.Linear(6, 30), "square": nn.Linear(6, 6)})
+    profile = KappaProfile.from_model(net, progress=False)
+    plain = [row.name for row in rank(profile, "kappa")]
+    assert plain.index("embed_tokens.weight") < 2
+    expected = [name for name in plain if "embed" not in name] + ["embed_tokens.weight"]
+    assert [row.name for row in rank(profile, "kappa_without_embeddings")] == expected
