@@ -50,7 +50,7 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     two.
     ``solver="auto"`` goes from cheap to exact (:mod:`kappa_lightning.spectra.ladder`): a triangular factor, block
     Lanczos at both ends of its spectrum, a measured bound for the factor
-    (:func:`~kappa_lightning.spectra.factor.relative_backward_error`)
+    (:func:`~kappa_lightning.spectra.factor.compare`)
     and one for the ends (:func:`~kappa_lightning.spectra.certificate.largest_eigenvalue_interval`); a matrix for
     which they do not add up to ``rtol`` goes one rung up. From a float32 factor only the directions are taken; the
     values are then those of the matrix itself in them (:func:`~kappa_lightning.spectra.ritz.extreme_ritz_values`), in

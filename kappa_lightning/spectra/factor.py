@@ -1,14 +1,13 @@
 """Factors R with RᵀR ≈ AᵀA by Cholesky, LU and QR, and the measurement of how far R's singular values are from A's."""
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kappa_lightning.spectra.certificate import OVERLAP, gaussian_block
+from kappa_lightning.spectra.gaussian import OVERLAP, gaussian_block
+from kappa_lightning.spectra.products import full_precision_products, gram_product
 from kappa_lightning.spectra.rotation import Rotation
 from kappa_lightning.spectra.scaling import TallMatrices
 
@@ -20,8 +19,6 @@ _NARROWEST_GRAM_BLOCK = 128
 # Batched LAPACK-like kernels of a GPU are written for small matrices; above this order a loop of single calls is
 # faster.
 _LARGEST_BATCHED_ORDER = 512
-
-_PRODUCTS: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -36,8 +33,9 @@ class Factor:
         solve: X ↦ (R⁻¹Xᵀ)ᵀ.
         solve_transposed: X ↦ (R⁻ᵀXᵀ)ᵀ.
         gram: X ↦ XAᵀA or XRᵀR, whichever is at hand.
+        order: n.
         log_volume: ln |det R|, shape (count,).
-        matrix: shape (count, n, n), with the singular values of R.
+        dense: makes matrices of shape (count, n, n) with the singular values of R.
         gram32: makes ``gram`` for float32 vectors, on devices that gain by it.
         inverse32: X ↦ (R⁻¹R⁻ᵀXᵀ)ᵀ for float32 vectors, where R came from float32.
     """
@@ -45,8 +43,9 @@ class Factor:
     solve: Callable[[Tensor], Tensor]
     solve_transposed: Callable[[Tensor], Tensor]
     gram: Callable[[Tensor], Tensor]
+    order: int
     log_volume: Tensor
-    matrix: Tensor
+    dense: Callable[[], Tensor]
     gram32: Callable[[], Operator] | None = None
     inverse32: Operator | None = None
 
@@ -66,23 +65,17 @@ class Factor:
         )
 
 
-def gram_cholesky(
-    matrices: TallMatrices, dtype: torch.dtype, rows: int, rotation: Rotation | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Factor by Cholesky of the Gram matrix, accumulated over blocks of rows.
-
-    The fastest factor there is on every device, since nearly all of it is a matrix product; it works on the square of
-    κ and gives out, or turns out inaccurate in :func:`relative_backward_error`, once κ²·eps is no longer small.
+def gram_matrix(matrices: TallMatrices, dtype: torch.dtype, rows: int, rotation: Rotation | None = None) -> Tensor:
+    """Accumulate AᵀA over blocks of rows.
 
     Args:
         matrices: shape (count, m, n).
-        dtype: float32 or float64, the precision of the products and of the factorisation.
-        rows: how many rows to convert at a time; bounds the extra memory to count·rows·n numbers beside G and R.
-        rotation: an orthogonal H, to factor AH in place of A.
+        dtype: float32 or float64, the precision of the products.
+        rows: how many rows to convert at a time; bounds the extra memory to count·rows·n numbers.
+        rotation: an orthogonal H, to take AH in place of A.
 
     Returns:
-        The Gram matrices, shape (count, n, n), of which only the upper triangle is meant, the upper triangular factors,
-        same shape, and whether the factorisation went through, shape (count,). Where it did not, R is the identity.
+        Shape (count, n, n), of which only the upper triangle is meant.
     """
     n = matrices.cols
     width = max(-(-n // _GRAM_BLOCKS), min(n, _NARROWEST_GRAM_BLOCK))
@@ -95,13 +88,35 @@ def gram_cholesky(
                 target = gram[..., first : first + width, first:]
                 # beta = 0 makes the first block overwrite what the fresh memory holds.
                 target.baddbmm_(part[..., first : first + width].mT, part[..., first:], beta=float(index > 0))
+    return gram
+
+
+def gram_cholesky(gram: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Factor by Cholesky of the Gram matrix.
+
+    The fastest factor there is on every device, since nearly all of it is a matrix product; it works on the square of
+    κ and gives out, or turns out inaccurate in :func:`compare`, once κ²·eps is no longer small.
+
+    Args:
+        gram: shape (count, n, n); only the upper triangle is read.
+        in_place: whether its memory may be used for the factor.
+
+    Returns:
+        The upper triangular factors, same shape, and whether the factorisation went through, shape (count,). Where it
+        did not, R is the identity.
+    """
     # As the lower factor of the transpose, which LAPACK computes a quarter faster from the same entries.
-    lower, info = _each(torch.linalg.cholesky_ex, gram.mT)
+    lower = gram.mT
+    if in_place and gram.device.type == "cpu":
+        info = torch.empty(len(gram), dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+    else:
+        lower, info = _each(torch.linalg.cholesky_ex, lower)
     factor = lower.mT
     found = (info == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     if not bool(found.all()):
-        factor[~found] = torch.eye(n, dtype=dtype, device=gram.device)
-    return gram, factor, found
+        factor[~found] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return factor, found
 
 
 def mirror_upper(gram: Tensor) -> Tensor:
@@ -131,25 +146,30 @@ def qr_factor(matrices: TallMatrices, rows: int) -> Tensor:
     return factor
 
 
-def lu_factor(matrices: TallMatrices) -> Factor:
+def lu_factor(matrices: TallMatrices, rows: int) -> Factor:
     """Factor square matrices by LU with partial pivoting in float64: R = PLU, which need not be triangular.
 
     Half the arithmetic of a Gram matrix of a square, and its error grows with κ instead of κ². It needs no bound on the
-    growth of the pivots: :func:`relative_backward_error` sees what they did.
+    growth of the pivots: :func:`compare` sees what they did.
 
-    Returns:
-        The factor, whose ``matrix`` is A itself.
+    Args:
+        matrices: shape (count, n, n).
+        rows: how many rows to convert at a time where A itself is multiplied.
     """
-    matrix = matrices.scaled(torch.float64)
-    factor, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    # Columns contiguous, as LAPACK wants them; or every solve would copy the factor.
+    factor = matrices.scaled(torch.float64).mT.contiguous().mT
+    pivots = torch.empty(*factor.shape[:-1], dtype=torch.int32, device=factor.device)
+    # In place, since its own copy of the matrix would be as large as the factor.
+    torch.linalg.lu_factor_ex(factor, out=(factor, pivots, pivots.new_empty(len(factor))))
     fill_pivots(factor)
     return Factor(
         solve=lambda block: torch.linalg.lu_solve(factor, pivots, block.mT).mT,
         solve_transposed=lambda block: torch.linalg.lu_solve(factor, pivots, block.mT, adjoint=True).mT,
-        gram=lambda block: (block @ matrix.mT) @ matrix,
+        gram=lambda block: gram_product(block, matrices.row_blocks(torch.float64, rows)),
+        order=matrices.cols,
         log_volume=_log_diagonal(factor),
-        matrix=matrix,
-        gram32=_rounded_gram(matrix, is_root=True),
+        dense=lambda: matrices.scaled(torch.float64),
+        gram32=_quick_gram(matrices) if factor.device.type == "cpu" else None,
     )
 
 
@@ -173,21 +193,32 @@ def triangular_factor(factor: Tensor, gram: Tensor | None = None) -> Factor:
         solve,
         solve_transposed,
         (lambda block: (block @ factor.mT) @ factor) if gram is None else (lambda block: block @ gram),
+        factor.shape[-1],
         _log_diagonal(factor),
-        factor,
+        lambda: factor,
         gram32=_rounded_gram(quick if gram is None else gram, is_root=gram is None),
         inverse32=_inverse_of(quick) if quick.dtype == torch.float32 and quick.device.type == "cpu" else None,
     )
 
 
+def _quick_gram(matrices: TallMatrices) -> Callable[[], Operator]:
+    """Make X ↦ XAᵀA in float32: half the memory that a product with 16 vectors has to read."""
+
+    def make() -> Operator:
+        (rounded,) = matrices.row_blocks(torch.float32, matrices.rows)
+        return lambda block: gram_product(block, [rounded])
+
+    return make
+
+
 def _rounded_gram(matrix: Tensor, is_root: bool) -> Callable[[], Operator] | None:
-    """Make X ↦ XMᵀM, or XM, in float32 on a CPU: half the memory that a product with 16 vectors has to read."""
+    """Make X ↦ XMᵀM, or XM, in float32 on a CPU."""
     if matrix.device.type != "cpu":
         return None
 
     def make() -> Operator:
         rounded = matrix.to(torch.float32)
-        return (lambda block: (block @ rounded.mT) @ rounded) if is_root else (lambda block: block @ rounded)
+        return (lambda block: gram_product(block, [rounded])) if is_root else (lambda block: block @ rounded)
 
     return make
 
@@ -213,9 +244,28 @@ def _log_diagonal(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
 
 
-def relative_backward_error(
-    row_blocks: Callable[[], Iterable[Tensor]], factor: Factor, powers: int, enough: float = 0.0
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How well R stands for A, and what came with the reading of A.
+
+    Attributes:
+        error: f, every σ_i(A)² is σ_i(R)² times a factor in [1 − f, 1 + f]; inf where f is not below 1; shape (count,).
+        norm_squared: ‖A‖_F², same shape, accumulated in float64.
+        image: AᵀA applied to further vectors, shape (count, few, n).
+    """
+
+    error: Tensor
+    norm_squared: Tensor
+    image: Tensor
+
+
+def compare(
+    row_blocks: Callable[[], Iterable[Tensor]],
+    factor: Factor,
+    powers: int = 1,
+    enough: float = 0.0,
+    also: Tensor | None = None,
+) -> Comparison:
     r"""Measure how well R stands for A: every σ_i(A)² is σ_i(R)² times a factor in [1 − f, 1 + f].
 
     With F = R⁻ᵀAᵀAR⁻¹ − I and f = ‖F‖₂ < 1, Ostrowski's theorem applied to A = (AR⁻¹)R gives the statement for every
@@ -234,26 +284,27 @@ def relative_backward_error(
         powers: the largest p; each costs another reading of A and makes the bound sharper, for p = 1 it exceeds ‖F‖₂
             by up to √(16n/0.36).
         enough: f below which no more powers are taken.
-
-    Returns:
-        f, inf where it is not below 1, and ‖A‖_F² accumulated in float64 on the way; both of shape (count,).
+        also: vectors to be multiplied by AᵀA in the same reading, shape (count, few, n), float64.
     """
-    device, (count, _, n) = factor.matrix.device, factor.matrix.shape
-    probe = gaussian_block(n, _PROBE_SEED, device).mT.expand(count, -1, -1)
-    image = probe
-    norm_squared = torch.zeros(count, dtype=torch.float64, device=device)
-    for power in range(powers):
-        solved = factor.solve(image)
-        product = torch.zeros_like(solved)
-        for part in row_blocks():
-            product.baddbmm_(solved @ part.mT, part)
-            if power == 0:
-                norm_squared += torch.linalg.vector_norm(part, dim=(-2, -1)).square()
-        image = factor.solve_transposed(product) - image
-        error = (torch.linalg.vector_norm(image, dim=(-2, -1)) / OVERLAP) ** (1 / (power + 1))
-        if power + 1 < powers and bool((error < enough).all()):
+    norm_squared = torch.zeros_like(factor.log_volume)
+    probe = gaussian_block(factor.order, _PROBE_SEED, norm_squared.device).mT.expand(len(norm_squared), -1, -1)
+    also = probe[:, :0] if also is None else also
+
+    def summing(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        for part in parts:
+            norm_squared.add_(torch.linalg.vector_norm(part, dim=(-2, -1)).square())
+            yield part
+
+    product = gram_product(torch.cat([factor.solve(probe), also], dim=-2), summing(row_blocks()))
+    product, also_image = product[:, : probe.shape[-2]], product[:, probe.shape[-2] :]
+    image = factor.solve_transposed(product) - probe
+    error = torch.linalg.vector_norm(image, dim=(-2, -1)) / OVERLAP
+    for power in range(2, powers + 1):
+        if bool((error < enough).all()):
             break
-    return torch.where(error < 1, error, torch.inf), norm_squared
+        image = factor.solve_transposed(gram_product(factor.solve(image), row_blocks())) - image
+        error = (torch.linalg.vector_norm(image, dim=(-2, -1)) / OVERLAP) ** (1 / power)
+    return Comparison(torch.where(error < 1, error, torch.inf), norm_squared, also_image)
 
 
 def _each(function: Callable[..., tuple[Tensor, ...]], *stacks: Tensor) -> tuple[Tensor, ...]:
@@ -262,23 +313,3 @@ def _each(function: Callable[..., tuple[Tensor, ...]], *stacks: Tensor) -> tuple
         return tuple(function(*stacks))
     results = [function(*members) for members in zip(*stacks, strict=True)]
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-
-
-@contextlib.contextmanager
-def full_precision_products(dtype: torch.dtype) -> Iterator[None]:
-    """Keep float32 products from being rounded to TF32 or bfloat16, whatever the process has asked for elsewhere.
-
-    The settings are those of the whole process, through PyTorch's newer interface, which knows what the older one
-    (``set_float32_matmul_precision``) has set, but not the other way round.
-    """
-    before = [backend.fp32_precision for backend in _PRODUCTS]
-    if dtype != torch.float32 or all(precision == "ieee" for precision in before):
-        yield
-        return
-    for backend in _PRODUCTS:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(_PRODUCTS, before, strict=True):
-            backend.fp32_precision = precision

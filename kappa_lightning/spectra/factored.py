@@ -9,16 +9,17 @@ from torch import Tensor
 
 from kappa_lightning.spectra.factor import (
     Factor,
+    compare,
     fill_pivots,
-    full_precision_products,
     gram_cholesky,
+    gram_matrix,
     lu_factor,
     mirror_upper,
     qr_factor,
-    relative_backward_error,
     triangular_factor,
 )
 from kappa_lightning.spectra.lanczos import LargestEigenvalue, largest_eigenvalue
+from kappa_lightning.spectra.products import full_precision_products
 from kappa_lightning.spectra.ritz import PROBED, extreme_ritz_values
 from kappa_lightning.spectra.rotation import dominant_rotation
 from kappa_lightning.spectra.scaling import TallMatrices
@@ -84,39 +85,48 @@ def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dty
     top: LargestEigenvalue | None = None
     if dtype == torch.float32 and matrices.cols >= SMALLEST_LANCZOS:
         tolerance = _EASY_TOP * min(rtol, _LARGEST_RTOL)
-        with full_precision_products(dtype):
-            rotation, run = dominant_rotation(matrices, rows, tolerance)
-        top = run if bool((run.upper <= (1 + tolerance) * run.lower).all()) else None
         # As many bytes at a time as in float64.
-        _, upper, found = gram_cholesky(matrices, dtype, 2 * rows, rotation)
+        with full_precision_products(dtype):
+            rotation, run = dominant_rotation(matrices, 2 * rows, tolerance)
+        upper, found = gram_cholesky(gram_matrix(matrices, dtype, 2 * rows, rotation), in_place=True)
         factor = triangular_factor(upper)
-        measured = factor.rotated_back(rotation)
-        error, norm_squared = relative_backward_error(reader, measured, powers=2, enough=_GOOD_FACTOR * rtol)
+        compared = compare(
+            reader,
+            factor.rotated_back(rotation),
+            powers=2,
+            enough=_GOOD_FACTOR * rtol,
+            also=None if run is None else run.probe.vectors,
+        )
+        if run is not None:
+            bracket = run.measured(compared.image)
+            top = bracket if bool(bracket.settled(tolerance).all()) else None
         above = None if top is None else top.ritz_vectors(PROBED)
         refine = lambda largest, smallest: extreme_ritz_values(  # noqa: E731
             reader, rotation.back(largest) if above is None else above, rotation.back(smallest)
         )
     else:
-        gram, upper, found = gram_cholesky(matrices, dtype, rows)
+        gram = gram_matrix(matrices, dtype, rows)
+        upper, found = gram_cholesky(gram, in_place=False)
         factor = triangular_factor(upper, mirror_upper(gram).to(torch.float64))
-        error, norm_squared = relative_backward_error(reader, factor, powers=1)
+        compared = compare(reader, factor)
         if dtype == torch.float32:
             refine = partial(extreme_ritz_values, reader)
-    error = error.masked_fill(~found, torch.inf)
-    return _read_off_if_close(matrices, factor, error, norm_squared, rtol, lanczos_from, refine, top)
+    error = compared.error.masked_fill(~found, torch.inf)
+    return _read_off_if_close(matrices, factor, error, compared.norm_squared, rtol, lanczos_from, refine, top)
 
 
-def lu_values(matrices: TallMatrices, rtol: float, lanczos_from: int) -> Values:
+def lu_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int) -> Values:
     """Take the values of square matrices from their LU factors; ``rtol`` of the result is inf where that failed.
 
     Args:
         matrices: shape (count, n, n).
+        rows: how many rows to convert at a time.
         rtol: wanted relative error of κ.
         lanczos_from: number of columns from which on Lanczos runs instead of a full decomposition.
     """
-    factor = lu_factor(matrices)
-    error, norm_squared = relative_backward_error(lambda: [factor.matrix], factor, powers=1)
-    return _read_off_if_close(matrices, factor, error, norm_squared, rtol, lanczos_from)
+    factor = lu_factor(matrices, rows)
+    compared = compare(_reader(matrices, rows), factor)
+    return _read_off_if_close(matrices, factor, compared.error, compared.norm_squared, rtol, lanczos_from)
 
 
 def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int) -> Values:
@@ -131,10 +141,10 @@ def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int)
     upper = qr_factor(matrices, rows)
     fill_pivots(upper)
     factor = triangular_factor(upper)
-    error, norm_squared = relative_backward_error(_reader(matrices, rows), factor, powers=1)
-    values = _read_off(matrices, factor, error, norm_squared, rtol, lanczos_from)
+    compared = compare(_reader(matrices, rows), factor)
+    values = _read_off(matrices, factor, compared.error, compared.norm_squared, rtol, lanczos_from)
     # σ_min found this way is that of some vector, hence an upper bound: small enough, it settles the rank.
-    backward = rounding_error(torch.ones_like(error), matrices.cols) * values.sigma_max
+    backward = rounding_error(torch.ones_like(values.sigma_max), matrices.cols) * values.sigma_max
     deficient = is_rank_deficient(values.sigma_min + backward, values.sigma_max, matrices)
     return values.with_rank(deficient)
 
@@ -200,7 +210,7 @@ def _read_off(
     crowded = ~(attained <= rtol) & (stretch - 1 + rounding <= rtol)
     if by_lanczos and bool(crowded.any()):
         members = crowded.nonzero().squeeze(-1)
-        sigma = torch.linalg.svdvals(factor.matrix[members])
+        sigma = torch.linalg.svdvals(factor.dense()[members])
         largest, smallest = sigma[..., 0], sigma[..., -1]
         if refine is None:
             sigma_max = sigma_max.index_put((members,), largest)
@@ -214,9 +224,10 @@ def _read_off(
 
 def _ends_of_dense(factor: Factor, refined: bool) -> _Ends:
     if refined:
-        _, sigma, vectors = torch.linalg.svd(factor.matrix)
+        _, sigma, vectors = torch.linalg.svd(factor.dense())
     else:
-        sigma, vectors = torch.linalg.svdvals(factor.matrix), factor.matrix[:, :0]
+        sigma = torch.linalg.svdvals(factor.dense())
+        vectors = sigma.new_empty(len(sigma), 0, sigma.shape[-1])
     largest, smallest = sigma[..., 0], sigma[..., -1]
     bounds = (largest, largest), (smallest, smallest)
     return _Ends(largest, smallest, *bounds, vectors[..., :PROBED, :], vectors[..., -PROBED:, :])
@@ -273,6 +284,6 @@ def _largest(
     if operator32 is not None:
         with full_precision_products(torch.float32):
             found = run(operator32, roundoff=roundoff, exact=operator)
-        if bool((found.upper <= (1 + tolerance) * found.lower).all()):
+        if bool(found.settled(tolerance).all()):
             return found
     return run(operator, roundoff=roundoff)

@@ -155,7 +155,7 @@ def take_rung(rung: str, matrices: TallMatrices, plan: Plan, rtol: float) -> Val
     if rung == "gram64":
         return gram_values(matrices, plan.rows, rtol, torch.float64, plan.lanczos_from)
     if rung == "lu64":
-        return lu_values(matrices, rtol, plan.lanczos_from)
+        return lu_values(matrices, plan.rows, rtol, plan.lanczos_from)
     if rung == "qr64":
         return qr_values(matrices, plan.rows, rtol, plan.lanczos_from)
     return svd_values(matrices, plan.rows)

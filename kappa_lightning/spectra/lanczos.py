@@ -1,20 +1,19 @@
 """Block Lanczos for the largest eigenvalue of a positive semidefinite operator, with a bracket that holds."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kappa_lightning.spectra.certificate import (
-    BLOCK,
-    OVERLAP,
+    RitzPairs,
     bracket_prospect,
-    gaussian_block,
     largest_eigenvalue_interval,
-    recurrence_error,
 )
+from kappa_lightning.spectra.gaussian import BLOCK, Start
+from kappa_lightning.spectra.recurrence import Recurrence, RecurrenceProbe
 
 MAX_STEPS = 40
 BASIS_COLUMNS = BLOCK * (MAX_STEPS + 1)
@@ -28,6 +27,8 @@ _MEASUREMENTS = 3
 _MOST_SKEW = 1e-3
 START_SEED = 0x6B61_7070
 
+Operator = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class LargestEigenvalue:
@@ -38,42 +39,88 @@ class LargestEigenvalue:
         ritz: the largest Ritz value, far closer than the ends; ``lower`` itself unless the run was in float32.
         upper: none is above this; further away than asked, or inf, where the run did not settle within its steps.
         basis: the rows of Q₁ … Q_k, shape (batch, 16k, n), in the run's precision.
-        tridiagonal: T, shape (batch, 16k, 16k), float64.
+        pairs: the eigendecomposition of T, shapes (batch, 16k) and (batch, 16k, 16k), float64.
     """
 
     lower: Tensor
     ritz: Tensor
     upper: Tensor
     basis: Tensor
-    tridiagonal: Tensor
+    pairs: RitzPairs
 
     def ritz_vectors(self, count: int) -> Tensor:
-        """Return the vectors of the largest Ritz values as rows, shape (batch, count, n), float64.
+        """The vectors of the largest Ritz values as rows, shape (batch, count, n), float64."""
+        return self.pairs.vectors(self.basis, count)
 
-        They are orthonormal up to the rounding of the run's precision.
+    def settled(self, tolerance: float) -> Tensor:
+        """Whether the bracket is as narrow as that, shape (batch,)."""
+        return self.upper <= (1 + tolerance) * self.lower
+
+
+@dataclass(frozen=True, slots=True)
+class QuickRun:
+    """A run in float32, of which nothing is certain before it has been measured in float64.
+
+    Attributes:
+        probe: what has to be measured.
+        pairs: of T.
+        start: the block that the run started from.
+        tolerance: wanted (upper − lower) / lower.
+    """
+
+    probe: RecurrenceProbe
+    pairs: RitzPairs
+    start: Start
+    tolerance: float
+
+    @classmethod
+    def of(cls, recurrence: Recurrence, start: Start, tolerance: float) -> "QuickRun":
+        """Take a run as it stands."""
+        return cls(RecurrenceProbe.of(recurrence), RitzPairs.of(recurrence.tridiagonal), start, tolerance)
+
+    def measured(self, image: Tensor, roundoff: Callable[[Tensor], Tensor] = torch.zeros_like) -> LargestEigenvalue:
+        """Bracket as :func:`.certificate.largest_eigenvalue_interval` does, with the measured errors.
+
+        Args:
+            image: the operator applied in float64 to ``probe.vectors``, shape (batch, 16, n).
+            roundoff: see :func:`largest_eigenvalue`.
         """
-        coordinates = torch.linalg.eigh(self.tridiagonal).eigenvectors[..., -count:].mT
-        vectors: Tensor = coordinates.to(self.basis.dtype) @ self.basis
-        return vectors.to(torch.float64)
+        recurrence = self.probe.recurrence
+        error, skew = self.probe.errors(image)
+        ritz, upper = largest_eigenvalue_interval(
+            self.pairs,
+            recurrence.coupling,
+            # uᵀ[Q₁ … Q_{k+1}] may be a little longer than u.
+            self.start.of_length(1 + _MOST_SKEW),
+            self.tolerance,
+            lambda top: 1e-12 + roundoff(top) + error / top,
+        )
+        reach = torch.linalg.matrix_norm(recurrence.coupling)
+        lower = ritz - error / (1 - skew).sqrt() - skew * reach / (1 - skew)
+        sound = (skew < _MOST_SKEW) & (lower > 0) & ~recurrence.lost
+        return LargestEigenvalue(
+            lower.where(sound, 0.0),
+            ritz.where(sound, 0.0),
+            upper.where(sound, torch.inf),
+            recurrence.basis[:, :-BLOCK],
+            self.pairs,
+        )
 
 
 def largest_eigenvalue(
-    operator: Callable[[Tensor], Tensor],
+    operator: Operator,
     size: int,
     batch: int,
     *,
     device: torch.device,
     tolerance: float,
     roundoff: Callable[[Tensor], Tensor] = torch.zeros_like,
-    exact: Callable[[Tensor], Tensor] | None = None,
-    max_steps: int = MAX_STEPS,
-    seed: int = START_SEED,
+    exact: Operator | None = None,
 ) -> LargestEigenvalue:
     """Bracket the largest eigenvalue of a batch of symmetric positive semidefinite operators.
 
-    Sixteen vectors at a time, with full reorthogonalisation, because the block is what makes both the matrix products
-    and the certificate cheap. The whole batch takes the same steps; the host asks whether it has settled, after
-    each of the first ones and then less often, as far as the end seems to be away.
+    The whole batch takes the same steps; the host asks whether it has settled, after each of the first ones and then
+    less often, as far as the end seems to be away.
 
     Args:
         operator: maps (batch, 16, size) to the same shape: blocks come as rows, the layout in which float64 products
@@ -86,35 +133,75 @@ def largest_eigenvalue(
             shape (batch,), beside the 1e-12 that is always allowed for.
         exact: the operator in float64, if the run and ``operator`` are to be in float32; what that did to the
             recurrence is measured with it.
-        max_steps: how many to take at most. A run that is cut shorter than usual, and has no prospect of ``tolerance``
-            at its end, spares itself the bracket.
-        seed: of the start block, which must not depend on anything that the operator was made with.
 
     Returns:
         The ends of :func:`.certificate.largest_eigenvalue_interval`, and the Ritz value with its vectors. Lower end,
-        Ritz value and upper end are 0, 0 and inf for an operator whose numbers overflow, and the lower and the upper
-        end are 0 and inf where a run that was cut short has shown nothing.
+        Ritz value and upper end are 0, 0 and inf for an operator whose numbers overflow.
     """
-    # The basis must keep room for one more block, or there is nothing left to be orthogonal to.
-    steps = min(max_steps, size // BLOCK - 1)
-    if steps < 2:
-        raise ValueError(f"block Lanczos needs an operator of order at least {3 * BLOCK}, got {size}")
-    start = gaussian_block(size, seed, device)
     dtype = torch.float64 if exact is None else torch.float32
-    # What rounding the start block to float32 can take from its overlap is far less than the last term.
-    orthonormal, triangle = torch.linalg.qr(start)
-    overlap = OVERLAP / float(torch.linalg.matrix_norm(triangle, 2)) - (0.0 if exact is None else 1e-5)
-    basis = torch.empty(batch, BLOCK * (steps + 1), size, dtype=dtype, device=device)
-    basis[:, :BLOCK] = orthonormal.mT
-    # Filler for directions in which the Krylov space ends (an orthogonal matrix ends it at once).
-    filler = basis[:1, :BLOCK].roll(1, dims=-1) * (1e-14 if exact is None else 1e-7)
-    tridiagonal = start.new_zeros(batch, 0, 0)
-
-    lower = start.new_zeros(batch)
-    ritz, upper = lower, lower + torch.inf
-    coupling = start[:0]
+    start = Start.random(size, START_SEED, device).rounded(dtype)
+    steps = most_steps(size)
+    ritz = start.block.new_zeros(batch)
+    found: LargestEigenvalue | None = None
     ask_again, asked, previous = 1, 0, math.inf
     measured = 0
+    for step, recurrence in enumerate(lanczos_steps(operator, start, batch, steps, dtype)):
+        last = step == steps - 1
+        if step < ask_again and not last:
+            continue
+        if not last:
+            h, ritz = bracket_prospect(recurrence, start, tolerance, ritz)
+            distance = math.log(max(float((h / start.overlap).masked_fill(recurrence.lost, 0.0).max()), 0.1))
+            if distance >= 0:
+                ask_again = step + _steps_to_skip(distance, (previous - distance) / (step - asked))
+                previous, asked = distance, step
+                continue
+        if exact is None:
+            pairs = RitzPairs.of(recurrence.tridiagonal)
+            ritz, upper = largest_eigenvalue_interval(
+                pairs, recurrence.coupling, start, tolerance, lambda top: 1e-12 + roundoff(top)
+            )
+            ritz, upper = ritz.masked_fill(recurrence.lost, 0.0), upper.masked_fill(recurrence.lost, torch.inf)
+            found = LargestEigenvalue(ritz, ritz, upper, recurrence.basis[:, :-BLOCK], pairs)
+        else:
+            measured += 1
+            run = QuickRun.of(recurrence, start, tolerance)
+            found = run.measured(exact(run.probe.vectors), roundoff)
+            ritz = found.ritz
+        if measured == _MEASUREMENTS or bool((recurrence.lost | found.settled(tolerance)).all()):
+            break
+    assert found is not None, "the last step always brackets"
+    return found
+
+
+def most_steps(size: int) -> int:
+    """How many steps a run of this order takes at most: the basis must keep room for one more block."""
+    steps = min(MAX_STEPS, size // BLOCK - 1)
+    if steps < 2:
+        raise ValueError(f"block Lanczos needs an operator of order at least {3 * BLOCK}, got {size}")
+    return steps
+
+
+def lanczos_steps(operator: Operator, start: Start, batch: int, steps: int, dtype: torch.dtype) -> Iterator[Recurrence]:
+    """Take steps of block Lanczos, and show after each where they have come to.
+
+    Sixteen vectors at a time, with full reorthogonalisation, because the block is what makes both the matrix products
+    and the certificate cheap.
+
+    Args:
+        operator: maps (batch, 16, n) to the same shape, in ``dtype``.
+        start: Q₁ and what it stands for.
+        batch: how many operators there are.
+        steps: how many to take.
+        dtype: float64 or float32, the precision of the vectors.
+    """
+    size, device = len(start.block), start.block.device
+    basis = torch.empty(batch, BLOCK * (steps + 1), size, dtype=dtype, device=device)
+    basis[:, :BLOCK] = start.block.mT
+    # Filler for directions in which the Krylov space ends (an orthogonal matrix ends it at once).
+    filler = basis[:1, :BLOCK].roll(1, dims=-1) * (1e-14 if dtype == torch.float64 else 1e-7)
+    tridiagonal = start.block.new_zeros(batch, 0, 0)
+    coupling = start.block[:0]
     for step in range(steps):
         done = (step + 1) * BLOCK
         before, here = slice(done - 2 * BLOCK, done - BLOCK), slice(done - BLOCK, done)
@@ -134,61 +221,17 @@ def largest_eigenvalue(
         basis[:, done : done + BLOCK] = block
         # The inverse of a matrix that is singular beyond float64's range overflows, and nothing can be said of it.
         lost = ~(tridiagonal.isfinite().all((-2, -1)) & coupling.isfinite().all((-2, -1)))
-        known, outward = tridiagonal.masked_fill(lost[:, None, None], 0.0), coupling.nan_to_num()
-        last = step == steps - 1
-        if step < ask_again and not last:
-            continue
-        if not last or max_steps < MAX_STEPS:
-            h, ritz = bracket_prospect(known, outward, overlap, tolerance, ritz)
-            distance = math.log(max(float((h / overlap).masked_fill(lost, 0.0).max()), 0.1))
-            if distance >= 0:
-                ask_again = step + _steps_to_skip(distance, (previous - distance) / (step - asked))
-                previous, asked = distance, step
-                continue
-        if exact is None:
-            ritz, upper = largest_eigenvalue_interval(
-                known, outward, overlap, tolerance, lambda top: 1e-12 + roundoff(top)
-            )
-            lower = ritz
-        else:
-            measured += 1
-            lower, ritz, upper = _measured_interval(
-                basis[:, : done + BLOCK], known, outward, overlap, tolerance, exact, roundoff
-            )
-        lower, ritz = lower.masked_fill(lost, 0.0), ritz.masked_fill(lost, 0.0)
-        upper = upper.masked_fill(lost, torch.inf)
-        if measured == _MEASUREMENTS or bool((lost | (upper <= (1 + tolerance) * lower)).all()):
-            break
-    return LargestEigenvalue(lower, ritz, upper, basis[:, :done], known)
+        yield Recurrence(
+            basis[:, : done + BLOCK],
+            tridiagonal.masked_fill(lost[:, None, None], 0.0),
+            coupling.nan_to_num(),
+            lost,
+        )
 
 
 def _steps_to_skip(distance: float, slope: float) -> int:
     """How many steps to take before asking again, with ln(h/overlap) = ``distance`` and so much less in each step."""
     return max(1, int(_PATIENCE * distance / slope)) if 0 < slope < math.inf and distance < math.inf else 1
-
-
-def _measured_interval(
-    basis: Tensor,
-    tridiagonal: Tensor,
-    coupling: Tensor,
-    overlap: float,
-    tolerance: float,
-    exact: Callable[[Tensor], Tensor],
-    roundoff: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Bracket as :func:`.certificate.largest_eigenvalue_interval` does, after a run in float32."""
-    error, skew = recurrence_error(basis, tridiagonal, coupling, exact)
-    reach = torch.linalg.matrix_norm(coupling)
-    # B_k stands in h with a block Q_{k+1} whose norm is not quite 1.
-    stretched = coupling * (1 + skew).sqrt()[:, None, None]
-    # uᵀ[Q₁ … Q_k] may be a little longer than u, and what it is a bound of grows with it.
-    seen = overlap / math.sqrt(1 + _MOST_SKEW)
-    ritz, upper = largest_eigenvalue_interval(
-        tridiagonal, stretched, seen, tolerance, lambda top: 1e-12 + roundoff(top) + error / top
-    )
-    lower = ritz - error / (1 - skew).sqrt() - skew * reach / (1 - skew)
-    sound = (skew < _MOST_SKEW) & (lower > 0)
-    return lower.where(sound, 0.0), ritz.where(sound, 0.0), upper.where(sound, torch.inf)
 
 
 def _orthonormalise(image: Tensor, spanned: Tensor) -> tuple[Tensor, Tensor]:
