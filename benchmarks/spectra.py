@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -270,21 +271,22 @@ def floor(repeats: int) -> list[str]:
             runs = {"ours": run_spectrum, "QR float32": run_qr, "QR float64": run_qr64}
             if shape[0] == shape[1]:
                 runs |= {"LU float32": run_floor, "LU float64": run_floor64}
-            best = dict.fromkeys(runs, math.inf)
+            turns: list[dict[str, float]] = []
             kappa = math.nan
-            # In turn, so that a slow spell of the machine does not fall on one of them alone.
+            # In turn, and the ratio within a turn: a slow spell of the machine then falls on both, or on few turns.
             for _ in range(repeats):
+                seconds = {}
                 for name, run in runs.items():
                     start = time.perf_counter()
                     kappa = (run([matrix]) or [kappa])[0]
-                    best[name] = min(best[name], time.perf_counter() - start)
+                    seconds[name] = time.perf_counter() - start
+                turns.append(seconds)
+            ours = median(turn["ours"] for turn in turns)
             ratios = [
-                f"{best['ours'] / best[name]:.2f}" if name in best else ""
+                f"{median(turn['ours'] / turn[name] for turn in turns):.2f}" if name in runs else ""
                 for name in ("LU float32", "LU float64", "QR float32", "QR float64")
             ]
-            rows.append(
-                f"| {'×'.join(map(str, shape))} | {label} | {best['ours']:.3f} | {' | '.join(ratios)} | {kappa:.3g} |"
-            )
+            rows.append(f"| {'×'.join(map(str, shape))} | {label} | {ours:.3f} | {' | '.join(ratios)} | {kappa:.3g} |")
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -325,7 +327,10 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="run every matrix: no ~ figures")
     parser.add_argument("--subset", type=int, default=8, help="matrices of each shape that run (default 8)")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="turns of every competitor, of which the fastest counts (default 3)"
+        "--repeats",
+        type=int,
+        default=3,
+        help="turns of every competitor, of which the fastest counts, in the case floor the median (default 3)",
     )
     parser.add_argument("--spikes", type=int, default=4, help="learned directions in generated weights (default 4)")
     parser.add_argument("--output", type=Path, help="also write the tables to this markdown file")
