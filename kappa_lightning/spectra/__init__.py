@@ -2,7 +2,8 @@
 
 The way of a batch: :mod:`_spectrum` checks it, :mod:`scaling` orients and scales it, :mod:`ladder` chooses the rungs,
 :mod:`factored` and :mod:`svd` are the rungs, :mod:`factor`, :mod:`rotation`, :mod:`lanczos`, :mod:`ritz` and
-:mod:`products` their parts, :mod:`certificate` the argument that a value found is the extreme one.
+:mod:`products` their parts, :mod:`certificate` the argument that a value found is the extreme one, :mod:`recurrence`
+the measurement that lets float32 take part in it, :mod:`gaussian` the random blocks that both rest on.
 """
 
 from kappa_lightning.spectra._spectrum import Spectrum, check_options, condition_number, spectrum

@@ -18,8 +18,8 @@ from kappa_lightning.spectra.factor import (
     qr_factor,
     triangular_factor,
 )
-from kappa_lightning.spectra.lanczos import LargestEigenvalue, largest_eigenvalue
-from kappa_lightning.spectra.products import full_precision_products
+from kappa_lightning.spectra.lanczos import LargestEigenvalue, QuickRun, largest_eigenvalue, quick_run
+from kappa_lightning.spectra.products import full_precision_products, gram_product
 from kappa_lightning.spectra.ritz import PROBED, extreme_ritz_values
 from kappa_lightning.spectra.rotation import dominant_rotation
 from kappa_lightning.spectra.scaling import TallMatrices
@@ -97,9 +97,7 @@ def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dty
             enough=_GOOD_FACTOR * rtol,
             also=None if run is None else run.probe.vectors,
         )
-        if run is not None:
-            bracket = run.measured(compared.image)
-            top = bracket if bool(bracket.settled(tolerance).all()) else None
+        top = None if run is None else run.if_settled(compared.image)
         above = None if top is None else top.ritz_vectors(PROBED)
         refine = lambda largest, smallest: extreme_ritz_values(  # noqa: E731
             reader, rotation.back(largest) if above is None else above, rotation.back(smallest)
@@ -124,9 +122,22 @@ def lu_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int)
         rtol: wanted relative error of κ.
         lanczos_from: number of columns from which on Lanczos runs instead of a full decomposition.
     """
+    run: QuickRun | None = None
+    if matrices.cols >= max(lanczos_from, SMALLEST_LANCZOS):
+        # On A itself, before there is a factor: the reading of A that judges the factor then measures this run as well.
+        with full_precision_products(torch.float32):
+            (rounded,) = matrices.row_blocks(torch.float32, matrices.rows)
+            run = quick_run(
+                lambda block: gram_product(block, [rounded]),
+                matrices.cols,
+                matrices.count,
+                device=rounded.device,
+                tolerance=_TOP_SHARE * _budget(min(rtol, _LARGEST_RTOL)),
+            )
     factor = lu_factor(matrices, rows)
-    compared = compare(_reader(matrices, rows), factor)
-    return _read_off_if_close(matrices, factor, compared.error, compared.norm_squared, rtol, lanczos_from)
+    compared = compare(_reader(matrices, rows), factor, also=None if run is None else run.probe.vectors)
+    top = None if run is None else run.if_settled(compared.image)
+    return _read_off_if_close(matrices, factor, compared.error, compared.norm_squared, rtol, lanczos_from, top=top)
 
 
 def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int) -> Values:
@@ -236,13 +247,12 @@ def _ends_of_dense(factor: Factor, refined: bool) -> _Ends:
 def _ends_by_lanczos(
     factor: Factor, error: Tensor, n: int, rtol: float, refined: bool, top: LargestEigenvalue | None
 ) -> _Ends:
-    # Both widths are those of squares, so they may add up to twice what the factor leaves of rtol; what the top leaves
-    # is for the bottom.
+    # What the top leaves is for the bottom.
     wanted = min(rtol, _LARGEST_RTOL)
     usable = float(error.masked_fill(error >= _FACTOR_SHARE * wanted, 0.0).max())
     # The factor's error counts at each end that is its own: half of it, in terms of σ.
     own_ends = 2 if top is None else 1
-    budget = 1.9 * (wanted - usable * (own_ends / 2 + _REFINED_SHARE * refined))
+    budget = _budget(wanted - usable * (own_ends / 2 + _REFINED_SHARE * refined))
     top_share = _TOP_SHARE * budget
     if top is None:
         gram32 = None if factor.gram32 is None else factor.gram32()
@@ -269,6 +279,11 @@ def _ends_by_lanczos(
         directions,
         bottom,
     )
+
+
+def _budget(error_of_kappa: float) -> float:
+    """What the relative widths of the brackets of σ_max² and 1/σ_min² may add up to: they are those of squares."""
+    return 1.9 * error_of_kappa
 
 
 def _largest(

@@ -23,7 +23,7 @@ _ORTHONORMAL = 0.9
 _PATIENCE = 0.7
 # The share of the overlap that h must be below before a run in float32 is measured, which costs as much as five steps:
 # the grid and the error of the recurrence take their part. Between 0.83 and 0.98 half of the attempts were in vain.
-_WORTH_MEASURING = 0.85
+_WORTH_MEASURING = 0.75
 # How often a run in float32 is measured before it is given up; the certificate counts them.
 _MEASUREMENTS = 3
 # ‖QᵀQ − I‖ up to which a basis in float32 is taken for orthonormal.
@@ -109,6 +109,11 @@ class QuickRun:
             self.pairs,
         )
 
+    def if_settled(self, image: Tensor) -> LargestEigenvalue | None:
+        """The brackets of :meth:`measured`, if all of them are as narrow as wanted."""
+        found = self.measured(image)
+        return found if bool(found.settled(self.tolerance).all()) else None
+
 
 def largest_eigenvalue(
     operator: Operator,
@@ -143,23 +148,8 @@ def largest_eigenvalue(
     """
     dtype = torch.float64 if exact is None else torch.float32
     start = Start.random(size, START_SEED, device).rounded(dtype)
-    steps = most_steps(size)
-    enough = start.overlap * (1.0 if exact is None else _WORTH_MEASURING)
-    ritz = start.block.new_zeros(batch)
     found: LargestEigenvalue | None = None
-    ask_again, asked, previous = 1, 0, math.inf
-    measured = 0
-    for step, recurrence in enumerate(lanczos_steps(operator, start, batch, steps, dtype)):
-        last = step == steps - 1
-        if step < ask_again and not last:
-            continue
-        if not last:
-            h, ritz = bracket_prospect(recurrence, start, tolerance, ritz)
-            distance = math.log(max(float((h / enough).masked_fill(recurrence.lost, 0.0).max()), 0.1))
-            if distance >= 0:
-                ask_again = step + _steps_to_skip(distance, (previous - distance) / (step - asked))
-                previous, asked = distance, step
-                continue
+    for attempt, recurrence in enumerate(worth_bracketing(operator, start, batch, tolerance, dtype), start=1):
         if exact is None:
             pairs = RitzPairs.of(recurrence.tridiagonal)
             ritz, upper = largest_eigenvalue_interval(
@@ -168,14 +158,56 @@ def largest_eigenvalue(
             ritz, upper = ritz.masked_fill(recurrence.lost, 0.0), upper.masked_fill(recurrence.lost, torch.inf)
             found = LargestEigenvalue(ritz, ritz, upper, recurrence.basis[:, :-BLOCK], pairs)
         else:
-            measured += 1
             run = QuickRun.of(recurrence, start, tolerance)
             found = run.measured(exact(run.probe.vectors), roundoff)
-            ritz = found.ritz
-        if measured == _MEASUREMENTS or bool((recurrence.lost | found.settled(tolerance)).all()):
+        given_up = exact is not None and attempt == _MEASUREMENTS
+        if given_up or bool((recurrence.lost | found.settled(tolerance)).all()):
             break
-    assert found is not None, "the last step always brackets"
+    assert found is not None, "the last step is always worth it"
     return found
+
+
+def quick_run(operator: Operator, size: int, batch: int, *, device: torch.device, tolerance: float) -> QuickRun:
+    """Take steps in float32 until they seem to be enough, and leave the measurement to the caller.
+
+    Args:
+        operator: maps (batch, 16, size) to the same shape, in float32.
+        size: the order n of the operator.
+        batch: how many operators there are.
+        device: where to work.
+        tolerance: wanted (upper − lower) / lower.
+    """
+    start = Start.random(size, START_SEED, device).rounded(torch.float32)
+    return QuickRun.of(next(worth_bracketing(operator, start, batch, tolerance, torch.float32)), start, tolerance)
+
+
+def worth_bracketing(
+    operator: Operator, start: Start, batch: int, tolerance: float, dtype: torch.dtype
+) -> Iterator[Recurrence]:
+    """Take steps of block Lanczos, and show those after which a bracket may be narrow enough, and the last one.
+
+    Args:
+        operator: maps (batch, 16, n) to the same shape, in ``dtype``.
+        start: Q₁ and what it stands for.
+        batch: how many operators there are.
+        tolerance: wanted (upper − lower) / lower.
+        dtype: float64 or float32, the precision of the vectors.
+    """
+    steps = most_steps(len(start.block))
+    enough = start.overlap * (1.0 if dtype == torch.float64 else _WORTH_MEASURING)
+    ritz = start.block.new_zeros(batch)
+    ask_again, asked, previous = 1, 0, math.inf
+    for step, recurrence in enumerate(lanczos_steps(operator, start, batch, steps, dtype)):
+        if step == steps - 1:
+            yield recurrence
+        elif step >= ask_again:
+            h, ritz = bracket_prospect(recurrence, start, tolerance, ritz)
+            distance = math.log(max(float((h / enough).masked_fill(recurrence.lost, 0.0).max()), 0.1))
+            if distance < 0:
+                yield recurrence
+            else:
+                ask_again = step + _steps_to_skip(distance, (previous - distance) / (step - asked))
+                previous, asked = distance, step
 
 
 def most_steps(size: int) -> int:

@@ -13,7 +13,7 @@ from kappa_lightning.spectra import factored, ladder, spectrum
 from kappa_lightning.spectra.factor import compare, gram_cholesky, gram_matrix, triangular_factor
 from kappa_lightning.spectra.gaussian import gaussian_block
 from kappa_lightning.spectra.ladder import Plan, climb, take_rung
-from kappa_lightning.spectra.lanczos import LargestEigenvalue, largest_eigenvalue
+from kappa_lightning.spectra.lanczos import LargestEigenvalue, largest_eigenvalue, quick_run
 from kappa_lightning.spectra.recurrence import Recurrence, RecurrenceProbe
 from kappa_lightning.spectra.ritz import extreme_ritz_values
 from kappa_lightning.spectra.rotation import Rotation, dominant_rotation
@@ -303,21 +303,40 @@ def test_bracket_of_a_float32_run_holds_the_eigenvalue_of_the_exact_operator(siz
         assert not found.upper <= 1.001 * found.lower
 
 
-def test_a_float32_run_that_cannot_settle_is_followed_by_one_in_float64(monkeypatch):
-    matrices = tall(as_tensor(FAMILIES["gaussian"](np.random.default_rng(1), 120, 120))[None])
+def runs_of(monkeypatch: pytest.MonkeyPatch, disturbance: float) -> list[bool]:
+    """Whether each Lanczos run was in float32; those that were see an operator that is wrong by a factor."""
     runs = []
 
-    def spy(operator, **options):
+    def spy(operator, *arguments, **options):
         runs.append(options.get("exact") is not None)
         if runs[-1]:
-            inner, operator = operator, lambda block: 1.05 * inner(block)
-        return largest_eigenvalue(operator, **options)
+            inner, operator = operator, lambda block: disturbance * inner(block)
+        return largest_eigenvalue(operator, *arguments, **options)
+
+    def quick_spy(operator, *arguments, **options):
+        runs.append(True)
+        return quick_run(lambda block: disturbance * operator(block), *arguments, **options)
 
     monkeypatch.setattr(factored, "largest_eigenvalue", spy)
-    values = take_rung("lu64", matrices, plan("lu64"), 1e-3)
+    monkeypatch.setattr(factored, "quick_run", quick_spy)
+    return runs
+
+
+@pytest.mark.parametrize("rung", ["lu64", "qr64"])
+def test_a_float32_run_that_is_wrong_is_followed_by_one_in_float64(monkeypatch, rung):
+    matrices = tall(learned(480, 480, 50.0)[None])
+    runs = runs_of(monkeypatch, 1.05)
+    values = take_rung(rung, matrices, plan(rung), 1e-3)
     assert runs == [True, False, False]
     true = reference_kappa(matrices.entries[0].numpy())
     assert relative_error(values.sigma_max / values.sigma_min, true) <= float(values.rtol) <= 1e-3
+
+
+def test_one_float32_run_is_enough_for_the_top_of_a_square(monkeypatch):
+    matrices = tall(learned(480, 480, 50.0)[None])
+    runs = runs_of(monkeypatch, 1.0)
+    assert take_rung("lu64", matrices, plan("lu64"), 1e-3).rtol <= 1e-3
+    assert runs == [True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
