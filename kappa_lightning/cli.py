@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def _scan(args: argparse.Namespace, budget: Budget) -> int:
         rtol=args.rtol,
         experts=args.experts,
         save_to=args.out,
+        memory_budget=args.memory,
     )
     names = select(list(profile), budget, args.criterion, within=args.within, seed=args.seed)
     if args.figure is not None:
@@ -119,6 +121,14 @@ def _device(text: str) -> torch.device:
     return device
 
 
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " ")) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write a number of bytes, or 500M, 8G, …")
+    return size
+
+
 def _criterion(name: str) -> str:
     try:
         criterion_of(name)
@@ -164,6 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--device", type=_device, help="where to compute (default: cuda if there is one, else cpu)")
     scan.add_argument("--solver", default="auto", choices=list(SOLVERS), help="svd is exact and slow")
     scan.add_argument("--rtol", type=float, default=1e-3, help="relative error of κ (default: 0.001)")
+    scan.add_argument(
+        "--memory", type=_bytes, metavar="SIZE", help="working memory, as 8G (default: a quarter of what is free)"
+    )
     scan.add_argument(
         "--out", type=Path, metavar="FILE", help="save the profile; an interrupted scan goes on from there"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -50,6 +51,13 @@ class Processes:
         values: list[Value | None] = [None] * self.count
         torch.distributed.all_gather_object(values, value)
         return values  # type: ignore[return-value]
+
+    def on_this_machine(self) -> int:
+        """How many of the processes run on the machine of this one, itself included."""
+        if self.count == 1:
+            return 1
+        name = socket.gethostname()
+        return self.gather(name).count(name)
 
     def from_first(self, value: Value) -> Value:
         """The value of rank 0."""

@@ -209,6 +209,22 @@ def test_experts_are_combined_as_asked(scan, tmp_path):
 # The files
 
 
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [("12345", 12345), ("2k", 2048), ("1.5M", 3 << 19), ("8G", 8 << 30), ("8 GB", 8 << 30), ("1TiB", 1 << 40)],
+)
+def test_memory_is_a_budget_in_bytes(scan, monkeypatch, size, wanted):
+    given = []
+    original = KappaProfile.from_checkpoint
+    monkeypatch.setattr(
+        KappaProfile,
+        "from_checkpoint",
+        lambda path, **options: given.append(options["memory_budget"]) or original(path, **options),
+    )
+    scan("--memory", size)
+    assert given == [wanted]
+
+
 def test_out_is_the_profile_of_the_checkpoint(scan, checkpoint, tmp_path):
     status, _, _ = scan("--out", tmp_path / "kappa.json", "--rtol", "1e-5", "--solver", "svd", "--experts", "max")
     assert status == 0
@@ -369,6 +385,9 @@ def test_device_that_is_not_there_is_an_error_without_a_traceback(wrong, checkpo
         (["--seed", "x"], "--seed"),
         (["--experts", "min"], "--experts"),
         (["--solver", "qr"], "--solver"),
+        (["--memory", "much"], "'much' is no size: write a number of bytes, or 500M, 8G"),
+        (["--memory", "0"], "'0' is no size"),
+        (["--memory", "-3G"], "--memory"),
         (["--include"], "--include"),
         (["--colour"], "--colour"),
         (["second-model"], "second-model"),
@@ -392,7 +411,7 @@ def test_help_explains_every_argument(capsys, monkeypatch):
     text = capsys.readouterr().out
     options = (
         "--top-p", "--num-tensors", "--max-kappa", "--max-params", "--criterion", "--include", "--exclude",
-        "--within", "--seed", "--experts", "--device", "--solver", "--rtol", "--out", "--figure", "--names",
+        "--within", "--seed", "--experts", "--device", "--solver", "--rtol", "--memory", "--out", "--figure", "--names",
     )  # fmt: skip
     for option in options:
         explained = re.search(

@@ -7,6 +7,7 @@ def test_process_alone_hears_only_itself():
     alone = Processes()
     assert alone.gather(3) == [3]
     assert alone.from_first("x") == "x"
+    assert alone.on_this_machine() == 1
     assert alone.is_first
 
 
@@ -17,3 +18,9 @@ def test_error_of_a_process_alone_passes_as_it_is():
 
 def test_without_a_process_group_this_run_is_one_process():
     assert Processes.of_this_run() == Processes(rank=0, count=1)
+
+
+def test_processes_of_one_machine_are_those_with_its_name(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "b")
+    monkeypatch.setattr(Processes, "gather", lambda self, value: ["a", value, "a", value, value])
+    assert Processes(rank=1, count=5).on_this_machine() == 3

@@ -294,3 +294,35 @@ def test_a_pass_that_is_given_up_leaves_no_thread(net):
     next(rows)
     rows.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kappa")]
+
+
+def test_memory_budget_sets_how_many_are_worked_on_at_a_time(seen):
+    large = nn.ModuleList([nn.Linear(200, 200, bias=False) for _ in range(6)])
+    one = together._bytes_in_work(find_weights(large)[0])
+    profiles = []
+    for budget, threads in ((4 * one, 1), (3 * one, 1), (one, 3)):
+        seen.clear()
+        profiles.append(KappaProfile.from_model(large, progress=False, memory_budget=budget))
+        # Two workers share three threads, so that each has one; one matrix at a time has all of them.
+        assert {used for _, _, used in seen} == {threads}
+        assert len({thread for _, thread, _ in seen}) == {4 * one: 3, 3 * one: 2, one: 1}[budget]
+    kappas = [[row.kappa for row in profile] for profile in profiles]
+    np.testing.assert_allclose(kappas, np.broadcast_to(kappas[0], (3, 6)), rtol=1e-9)
+
+
+def test_processes_of_one_machine_share_the_quarter(monkeypatch):
+    budgets = []
+    original = Crew.of
+    monkeypatch.setattr(Crew, "of", lambda *given: budgets.append(given[2]) or original(*given))
+    monkeypatch.setattr(compute, "free_memory", lambda device: 1 << 30)
+    weights = weights_of(40, 40)
+    for neighbours in (1, 4):
+        list(compute.compute_rows(weights, neighbours=neighbours))
+    list(compute.compute_rows(weights, neighbours=4, memory_budget=12345))
+    assert budgets == [1 << 28, 1 << 26, 12345]
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_memory_budget_that_is_none_is_refused(net, budget):
+    with pytest.raises(ValueError, match=f"memory_budget must be a positive number of bytes, got {budget}"):
+        KappaProfile.from_model(net, progress=False, memory_budget=budget)

@@ -195,8 +195,9 @@ class KappaMonitor(Callback):
     ) -> dict[str, float]:
         kappas = {name: known[name].kappa for name in weights if known is not None and name in known}
         pending = [weight for name, weight in weights.items() if name not in kappas]
-        compute = partial(compute_rows, device=trainer.strategy.root_device, **self._settings)
         processes = adapter_for(trainer).processes(trainer)
+        device, neighbours = trainer.strategy.root_device, processes.on_this_machine()
+        compute = partial(compute_rows, device=device, neighbours=neighbours, **self._settings)
         for row in compute_dealt(pending, compute, processes, watching(trainer)):
             kappas[row.name] = row.kappa
         return {name: kappas[name] for name in weights}

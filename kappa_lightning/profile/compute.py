@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -14,11 +14,13 @@ from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.row import EXPERTS, KappaRow
 from kappa_lightning.profile.together import Crew, decompose_together
-from kappa_lightning.spectra import Spectrum, free_memory, spectrum
+from kappa_lightning.spectra import Spectrum, check_memory_budget, free_memory, spectrum
 from kappa_lightning.weights import Weight
 
 # Of each entry of a batch: the stored number, its place in the batch, and both in the next batch.
 _WORKING_BYTES = 16
+
+Decompose = Callable[[Tensor], Spectrum]
 
 
 def compute_rows(
@@ -29,12 +31,14 @@ def compute_rows(
     rtol: float = 1e-3,
     experts: str = "mean",
     journal: Journal | None = None,
+    memory_budget: int | None = None,
+    neighbours: int = 1,
 ) -> Generator[KappaRow, None, None]:
     """Decompose weights, a batch at a time; the rows come in the order in which they are finished.
 
-    On a GPU, tensors whose matrices have one shape go through together, as many as fit a quarter of the free memory,
+    On a GPU, tensors whose matrices have one shape go through together, as many as fit the memory budget,
     while a thread reads the next batch and copies it there. On a CPU, as many matrices as there are threads are worked
-    on at a time, one thread each, within a quarter of the free memory; what does not fit goes one tensor after the
+    on at a time, one thread each, within the memory budget; what does not fit goes one tensor after the
     other, in the memory of the largest, with all threads. Which of the two it was can change κ by rounding, as the
     number of threads can. PyTorch's number of threads is put back afterwards.
 
@@ -45,20 +49,30 @@ def compute_rows(
         rtol: see :func:`~kappa_lightning.spectrum`.
         experts: how the κ of a stack combine, a key of :data:`EXPERTS`.
         journal: keeps finished rows, and knows those of an interrupted pass.
+        memory_budget: bytes of working memory, by default a quarter of what is free on the device. One tensor at a time
+            is worked on whatever it needs.
+        neighbours: how many processes share the memory of this machine, if they do the same now: by default each takes
+            its part of the quarter on a CPU.
 
     Raises:
         ValueError: if a weight has NaN or infinite entries; the message names it.
     """
+    check_memory_budget(memory_budget)
     if not weights:
         return
     target = _common_device(weights) if device is None else torch.device(device)
-    finish = partial(_finish, solver=solver, rtol=rtol, experts=experts, journal=journal)
-    if target is not None and target.type == "cpu":
-        crew = Crew.of(weights, torch.get_num_threads(), free_memory(target) // 4)
+    memory = memory_budget
+    if target is not None and memory is None:
+        memory = max(1, free_memory(target) // 4 // (neighbours if target.type == "cpu" else 1))
+    decompose = partial(spectrum, solver=solver, rtol=rtol, memory_budget=memory)
+    finish = partial(_finish, decompose=decompose, experts=experts, journal=journal)
+    if target is not None and target.type == "cpu" and memory is not None:
+        crew = Crew.of(weights, torch.get_num_threads(), memory)
         if crew.shared:
-            yield from _finish_together(crew, target, solver=solver, rtol=rtol, experts=experts, journal=journal)
+            share = partial(decompose, memory_budget=max(1, memory // crew.workers))
+            yield from _finish_together(crew, target, decompose=share, experts=experts, journal=journal)
         weights = crew.alone
-    for batch, tensors in _loaded(_batches(weights, target), target):
+    for batch, tensors in _loaded(_batches(weights, target, memory), target):
         yield from finish(batch, tensors)
         # Let go before the next batch is read, or two would be in memory.
         del tensors
@@ -68,8 +82,7 @@ def _finish(
     batch: Sequence[Weight],
     tensors: Sequence[Tensor],
     *,
-    solver: str,
-    rtol: float,
+    decompose: Decompose,
     experts: str,
     journal: Journal | None,
 ) -> Iterator[KappaRow]:
@@ -86,7 +99,7 @@ def _finish(
         return
     views = [weight.view(tensor) for weight, tensor, _ in pending]
     with _naming_what_is_not_finite([(weight, tensor) for weight, tensor, _ in pending]):
-        spectra = spectrum(views[0] if len(views) == 1 else torch.cat(views), solver=solver, rtol=rtol)
+        spectra = decompose(views[0] if len(views) == 1 else torch.cat(views))
     start = 0
     for (weight, _, content), view in zip(pending, views, strict=True):
         row = _row(weight, spectra[start : start + len(view)], content, experts)
@@ -97,7 +110,7 @@ def _finish(
 
 
 def _finish_together(
-    crew: Crew, device: torch.device, *, solver: str, rtol: float, experts: str, journal: Journal | None
+    crew: Crew, device: torch.device, *, decompose: Decompose, experts: str, journal: Journal | None
 ) -> Iterator[KappaRow]:
     """The rows of a crew's shared weights, from the journal where it has them."""
     known: list[KappaRow] = []
@@ -111,7 +124,7 @@ def _finish_together(
                 return None
         return tensor
 
-    together = decompose_together(crew, read, partial(spectrum, solver=solver, rtol=rtol), fingerprint)
+    together = decompose_together(crew, read, decompose, fingerprint)
     # Closed at once, whatever ends this: until then the workers run, and the threads are not put back.
     with contextlib.closing(together):
         for done in together:
@@ -163,11 +176,10 @@ def _row(weight: Weight, spectra: Spectrum, content: str, experts: str) -> Kappa
     )
 
 
-def _batches(weights: Sequence[Weight], device: torch.device | None) -> list[list[Weight]]:
+def _batches(weights: Sequence[Weight], device: torch.device | None, budget: int | None) -> list[list[Weight]]:
     """Weights whose matrices have one shape, in groups that fit the memory of a GPU; single ones elsewhere."""
-    if device is None or device.type != "cuda":
+    if device is None or device.type != "cuda" or budget is None:
         return [[weight] for weight in weights]
-    budget = free_memory(device) // 4
     filling: dict[tuple[object, ...], tuple[list[Weight], int]] = {}
     batches: list[list[Weight]] = []
     for weight in weights:

@@ -79,6 +79,7 @@ class KappaProfile:
         rtol: float = 1e-3,
         experts: str = "mean",
         save_to: str | os.PathLike[str] | None = None,
+        memory_budget: int | None = None,
     ) -> KappaProfile:
         """Decompose the matrices of a module.
 
@@ -93,6 +94,8 @@ class KappaProfile:
             experts: how the κ of fused experts combine into the tensor's: ``"mean"``, ``"median"`` or ``"max"``.
             save_to: the file to save the profile to. Finished rows are kept beside it, in ``<file>.partial``, from
                 where an interrupted pass goes on the next time.
+            memory_budget: bytes of working memory, by default a quarter of what is free on the device; how many
+                matrices are worked on at a time follows from it. One tensor is always worked on, whatever it needs.
 
         Raises:
             TypeError: if a weight is quantised and cannot be read.
@@ -104,7 +107,14 @@ class KappaProfile:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
         watch = progress_bar if progress else None
         return cls.from_weights(
-            weights, device=device, solver=solver, rtol=rtol, experts=experts, save_to=save_to, watch=watch
+            weights,
+            device=device,
+            solver=solver,
+            rtol=rtol,
+            experts=experts,
+            save_to=save_to,
+            memory_budget=memory_budget,
+            watch=watch,
         )
 
     @classmethod
@@ -120,10 +130,11 @@ class KappaProfile:
         rtol: float = 1e-3,
         experts: str = "mean",
         save_to: str | os.PathLike[str] | None = None,
+        memory_budget: int | None = None,
     ) -> KappaProfile:
         """Decompose the matrices of a checkpoint, read from disk tensor by tensor.
 
-        In memory is at most one tensor more than there are threads, within a quarter of the free memory, and only one
+        In memory is at most one tensor more than there are threads, within the memory budget, and only one
         where more do not fit. A checkpoint does not tell a buffer from a weight: one of floats in two or more
         dimensions, such as a cache of positions or a mask, has a row, which counts in a budget unless ``exclude`` names
         it and which :meth:`check` passes over. transformers 5 stores the experts of a MoE layer one by one and fuses
@@ -141,6 +152,7 @@ class KappaProfile:
             rtol: as in :meth:`from_model`.
             experts: as in :meth:`from_model`.
             save_to: as in :meth:`from_model`.
+            memory_budget: as in :meth:`from_model`.
 
         Raises:
             FileNotFoundError: if there is no such file or cached model, or a shard is missing.
@@ -155,7 +167,14 @@ class KappaProfile:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
         watch = progress_bar if progress else None
         return cls.from_weights(
-            weights, device=device or "cpu", solver=solver, rtol=rtol, experts=experts, save_to=save_to, watch=watch
+            weights,
+            device=device or "cpu",
+            solver=solver,
+            rtol=rtol,
+            experts=experts,
+            save_to=save_to,
+            memory_budget=memory_budget,
+            watch=watch,
         )
 
     @classmethod
@@ -168,6 +187,7 @@ class KappaProfile:
         rtol: float,
         experts: str = "mean",
         save_to: str | os.PathLike[str] | None = None,
+        memory_budget: int | None = None,
         watch: Watch | None = None,
         processes: Processes | None = None,
     ) -> KappaProfile:
@@ -180,6 +200,8 @@ class KappaProfile:
             rtol: as in :meth:`from_model`.
             experts: as in :meth:`from_model`.
             save_to: as in :meth:`from_model`.
+            memory_budget: as in :meth:`from_model`, for each process; by default those of one machine share the quarter
+                on a CPU.
             watch: sees the weights and their rows as they come, to show progress.
             processes: who shares the work and all get the profile; by default this process does it all.
 
@@ -201,8 +223,19 @@ class KappaProfile:
             if save_to is not None and here:  # on other nodes than the first the folder may not be there
                 journal = Journal(f"{os.fspath(save_to)}.partial", settings, rank=processes.rank)
 
+        neighbours = processes.on_this_machine()
+
         def compute(share: Sequence[Weight]) -> Generator[KappaRow, None, None]:
-            return compute_rows(share, device=device, solver=solver, rtol=rtol, experts=experts, journal=journal)
+            return compute_rows(
+                share,
+                device=device,
+                solver=solver,
+                rtol=rtol,
+                experts=experts,
+                journal=journal,
+                memory_budget=memory_budget,
+                neighbours=neighbours,
+            )
 
         finished = {row.name: row for row in compute_dealt(weights, compute, processes, watch)}
         profile = cls((finished[weight.name] for weight in weights), solver=solver, rtol=rtol, experts=experts)

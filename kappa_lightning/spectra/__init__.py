@@ -6,13 +6,20 @@ The way of a batch: :mod:`_spectrum` checks it, :mod:`scaling` orients and scale
 the measurement that lets float32 take part in it, :mod:`gaussian` the random blocks that both rest on.
 """
 
-from kappa_lightning.spectra._spectrum import Spectrum, check_options, condition_number, spectrum
+from kappa_lightning.spectra._spectrum import (
+    Spectrum,
+    check_memory_budget,
+    check_options,
+    condition_number,
+    spectrum,
+)
 from kappa_lightning.spectra.ladder import SOLVERS, free_memory, working_bytes
 from kappa_lightning.spectra.products import full_precision_products
 
 __all__ = [
     "SOLVERS",
     "Spectrum",
+    "check_memory_budget",
     "check_options",
     "condition_number",
     "free_memory",

@@ -83,8 +83,7 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
         64.0
     """
     check_options(solver=solver, rtol=rtol)
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    check_memory_budget(memory_budget)
     if not matrix.dtype.is_floating_point:
         raise TypeError(
             f"singular values need a real floating dtype, got {matrix.dtype}; convert or dequantise it first"
@@ -154,6 +153,12 @@ def check_options(*, solver: str, rtol: float) -> None:
         raise ValueError(f"rtol={rtol!r} must be positive and finite")
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is unknown: use one of {', '.join(map(repr, SOLVERS))}")
+
+
+def check_memory_budget(memory_budget: int | None) -> None:
+    """Raise a ValueError if there is a budget and it is not a positive number of bytes."""
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
 
 
 def _assemble(values: Values, batch: torch.Size, ratio: Tensor | None = None) -> Spectrum:

@@ -128,7 +128,7 @@ def lu_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int)
         with full_precision_products(torch.float32):
             (rounded,) = matrices.row_blocks(torch.float32, matrices.rows)
             # As many bytes at a time as in float64: what is still in a cache can be read twice.
-            parts = rounded.split(2 * rows, dim=-2)
+            parts = torch.split(rounded, 2 * rows, dim=-2)
             run = quick_run(
                 lambda block: gram_product(block, parts),
                 matrices.cols,
