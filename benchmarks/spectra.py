@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from kappa_lightning import KappaProfile
+from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.spectra import spectrum
 
 NAMES = (
-    "minilm", "tinyllama", "deepseek-moe", "deepseek-fused", "square4096", "4096x14336", "mixtral", "floor", "scaling",
+    "minilm", "tinyllama", "deepseek-moe", "deepseek-fused", "square4096", "4096x14336", "mixtral",
+    "floor", "scaling", "fingerprint",
 )  # fmt: skip
 
 
@@ -112,6 +114,13 @@ def run_peft(tensors: Sequence[Tensor]) -> list[float]:
 def run_spectrum(tensors: Sequence[Tensor]) -> list[float]:
     """The solver alone, one tensor after the other."""
     return [kappa for tensor in tensors for kappa in spectrum(tensor).kappa.flatten().tolist()]
+
+
+def run_fingerprint(tensors: Sequence[Tensor]) -> list[float]:
+    """The fingerprints alone."""
+    for tensor in tensors:
+        fingerprint(tensor)
+    return []
 
 
 def run_svd(tensors: Sequence[Tensor]) -> list[float]:
@@ -330,6 +339,24 @@ def scaling() -> list[str]:
     return rows
 
 
+def fingerprints(spikes: int) -> list[str]:
+    """What the fingerprints of a profile cost, the first weights of each shape, with one thread as the workers have."""
+    rows = ["| case | spectrum, seconds | fingerprint, seconds | share |", "| --- | ---: | ---: | ---: |"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in ("minilm", "tinyllama", "deepseek-moe"):
+        tensors = list({tuple(tensor.shape): tensor for tensor in case_weights(name, spikes)}.values())
+        turns = []
+        for _ in range(3):
+            solving = measure(run_spectrum, tensors).seconds
+            turns.append((solving, measure(run_fingerprint, tensors).seconds))
+        solving, identifying = map(min, zip(*turns, strict=True))
+        share = identifying / (solving + identifying)
+        rows.append(f"| {name}, one of each shape | {solving:.3f} | {identifying:.4f} | {share:.1%} |")
+    torch.set_num_threads(threads)
+    return rows
+
+
 def mixtral(spikes: int) -> list[str]:
     """All of Mixtral-8x7B's matrices, generated on the GPU one layer at a time; only the profiles are timed."""
     if not torch.cuda.is_available():
@@ -373,6 +400,8 @@ def main() -> None:
             table = scaling()
         elif name == "floor":
             table = floor(arguments.repeats)
+        elif name == "fingerprint":
+            table = fingerprints(arguments.spikes)
         elif name == "mixtral":
             table = mixtral(arguments.spikes)
         else:
