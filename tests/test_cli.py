@@ -211,7 +211,15 @@ def test_experts_are_combined_as_asked(scan, tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "wanted"),
-    [("12345", 12345), ("2k", 2048), ("1.5M", 3 << 19), ("8G", 8 << 30), ("8 GB", 8 << 30), ("1TiB", 1 << 40)],
+    [
+        ("12345", 12345),
+        ("2k", 2048),
+        ("1.5M", 3 << 19),
+        ("8G", 8 << 30),
+        ("8 GB", 8 << 30),
+        ("8Gi", 8 << 30),
+        ("1TiB", 1 << 40),
+    ],
 )
 def test_memory_is_a_budget_in_bytes(scan, monkeypatch, size, wanted):
     given = []

@@ -16,6 +16,7 @@ from torch import nn
 import kappa_lightning.profile.compute as compute
 import kappa_lightning.profile.together as together
 from kappa_lightning import KappaProfile, Spectrum
+from kappa_lightning.processes import Processes
 from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.together import Crew, decompose_together
 from kappa_lightning.weights import find_weights
@@ -322,7 +323,31 @@ def test_processes_of_one_machine_share_the_quarter(monkeypatch):
     assert budgets == [1 << 28, 1 << 26, 12345]
 
 
+class Neighbours(Processes):
+    """Two processes on one machine, of which the other has nothing to say."""
+
+    def gather(self, value):
+        return [value, value]
+
+    def from_first(self, value):
+        return value
+
+
+def test_a_profile_counts_the_processes_of_its_machine(monkeypatch):
+    budgets = []
+    original = Crew.of
+    monkeypatch.setattr(Crew, "of", lambda *given: budgets.append(given[2]) or original(*given))
+    monkeypatch.setattr(compute, "free_memory", lambda device: 1 << 30)
+    # The other process' share is missing from what is gathered, so only the first is left to look at.
+    with pytest.raises(KeyError):
+        KappaProfile.from_weights(
+            weights_of(40, 41), device="cpu", solver="auto", rtol=1e-3, processes=Neighbours(0, 2)
+        )
+    assert budgets == [1 << 27]
+
+
 @pytest.mark.parametrize("budget", [0, -1])
-def test_memory_budget_that_is_none_is_refused(net, budget):
+def test_memory_budget_that_is_none_is_refused_before_a_file_is_written(net, budget, tmp_path):
     with pytest.raises(ValueError, match=f"memory_budget must be a positive number of bytes, got {budget}"):
-        KappaProfile.from_model(net, progress=False, memory_budget=budget)
+        KappaProfile.from_model(net, progress=False, memory_budget=budget, save_to=tmp_path / "kappa.json")
+    assert list(tmp_path.iterdir()) == []

@@ -196,7 +196,8 @@ class KappaMonitor(Callback):
         kappas = {name: known[name].kappa for name in weights if known is not None and name in known}
         pending = [weight for name, weight in weights.items() if name not in kappas]
         processes = adapter_for(trainer).processes(trainer)
-        device, neighbours = trainer.strategy.root_device, processes.on_this_machine()
+        device = trainer.strategy.root_device
+        neighbours = processes.on_this_machine() if device.type == "cpu" else 1
         compute = partial(compute_rows, device=device, neighbours=neighbours, **self._settings)
         for row in compute_dealt(pending, compute, processes, watching(trainer)):
             kappas[row.name] = row.kappa

@@ -14,7 +14,7 @@ from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.row import EXPERTS, KappaRow
 from kappa_lightning.profile.together import Crew, decompose_together
-from kappa_lightning.spectra import Spectrum, check_memory_budget, free_memory, spectrum
+from kappa_lightning.spectra import Spectrum, free_memory, spectrum
 from kappa_lightning.weights import Weight
 
 # Of each entry of a batch: the stored number, its place in the batch, and both in the next batch.
@@ -49,21 +49,23 @@ def compute_rows(
         rtol: see :func:`~kappa_lightning.spectrum`.
         experts: how the κ of a stack combine, a key of :data:`EXPERTS`.
         journal: keeps finished rows, and knows those of an interrupted pass.
-        memory_budget: bytes of working memory, by default a quarter of what is free on the device. One tensor at a time
-            is worked on whatever it needs.
+        memory_budget: bytes of working memory, by default a quarter of what is free on a CPU and half on a GPU. One
+            tensor at a time is worked on whatever it needs.
         neighbours: how many processes share the memory of this machine, if they do the same now: by default each takes
             its part of the quarter on a CPU.
 
     Raises:
         ValueError: if a weight has NaN or infinite entries; the message names it.
     """
-    check_memory_budget(memory_budget)
     if not weights:
         return
     target = _common_device(weights) if device is None else torch.device(device)
     memory = memory_budget
-    if target is not None and memory is None:
-        memory = max(1, free_memory(target) // 4 // (neighbours if target.type == "cpu" else 1))
+    if target is not None and target.type == "cuda":
+        # For the tensors in work, and as much again for the work on them.
+        memory = free_memory(target) // 4 if memory is None else max(1, memory // 2)
+    elif target is not None and memory is None:
+        memory = max(1, free_memory(target) // 4 // neighbours)
     decompose = partial(spectrum, solver=solver, rtol=rtol, memory_budget=memory)
     finish = partial(_finish, decompose=decompose, experts=experts, journal=journal)
     if target is not None and target.type == "cpu" and memory is not None:

@@ -22,6 +22,7 @@ from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.mismatch import fused_experts
 from kappa_lightning.profile.row import EXPERTS, KappaRow
 from kappa_lightning.selection import Budget, select
+from kappa_lightning.spectra import check_memory_budget
 from kappa_lightning.weights import (
     Weight,
     checkpoint_weights,
@@ -94,8 +95,9 @@ class KappaProfile:
             experts: how the κ of fused experts combine into the tensor's: ``"mean"``, ``"median"`` or ``"max"``.
             save_to: the file to save the profile to. Finished rows are kept beside it, in ``<file>.partial``, from
                 where an interrupted pass goes on the next time.
-            memory_budget: bytes of working memory, by default a quarter of what is free on the device; how many
-                matrices are worked on at a time follows from it. One tensor is always worked on, whatever it needs.
+            memory_budget: bytes of working memory, by default a quarter of what is free on a CPU and half on a GPU; how
+                many matrices are worked on at a time follows from it. One tensor is always worked on, whatever it
+                needs.
 
         Raises:
             TypeError: if a weight is quantised and cannot be read.
@@ -209,6 +211,7 @@ class KappaProfile:
             ValueError: as in :meth:`from_model`.
             FileNotFoundError: if the folder of ``save_to`` does not exist.
         """
+        check_memory_budget(memory_budget)
         if experts not in EXPERTS:
             raise ValueError(f"experts={experts!r} is unknown: use one of {', '.join(map(repr, EXPERTS))}")
         settings = {"solver": solver, "rtol": rtol, "experts": experts}

@@ -49,7 +49,7 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     computed: each matrix is worked on in its tall orientation and, where its entries are extreme, divided by a power of
     two.
     ``solver="auto"`` goes from cheap to exact (:mod:`kappa_lightning.spectra.ladder`): a triangular factor, block
-    Lanczos at both ends of its spectrum, a measured bound for the factor
+    Lanczos at both ends of its spectrum or the matrix's own, a measured bound for the factor
     (:func:`~kappa_lightning.spectra.factor.compare`)
     and one for the ends (:func:`~kappa_lightning.spectra.certificate.largest_eigenvalue_interval`); a matrix for
     which they do not add up to ``rtol`` goes one rung up. From a float32 factor only the directions are taken; the

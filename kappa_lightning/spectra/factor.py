@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kappa_lightning.spectra.gaussian import OVERLAP, gaussian_block
-from kappa_lightning.spectra.products import full_precision_products, gram_product
+from kappa_lightning.spectra.products import Operator, full_precision_products, gram_product
 from kappa_lightning.spectra.rotation import Rotation
 from kappa_lightning.spectra.scaling import TallMatrices
 
@@ -19,8 +19,6 @@ _NARROWEST_GRAM_BLOCK = 128
 # Batched LAPACK-like kernels of a GPU are written for small matrices; above this order a loop of single calls is
 # faster.
 _LARGEST_BATCHED_ORDER = 512
-
-Operator = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ class Factor:
         gram: X ↦ XAᵀA or XRᵀR, whichever is at hand.
         order: n.
         log_volume: ln |det R|, shape (count,).
-        dense: makes matrices of shape (count, n, n) with the singular values of R.
+        dense: makes matrices of shape (count, n, n) with the singular values of R, or of A up to rounding in float64.
         gram32: makes ``gram`` for float32 vectors, on devices that gain by it.
         inverse32: X ↦ (R⁻¹R⁻ᵀXᵀ)ᵀ for float32 vectors, where R came from float32.
     """

@@ -19,7 +19,8 @@ from kappa_lightning.spectra.factor import (
     triangular_factor,
 )
 from kappa_lightning.spectra.lanczos import LargestEigenvalue, QuickRun, largest_eigenvalue, quick_run
-from kappa_lightning.spectra.products import full_precision_products, gram_product
+from kappa_lightning.spectra.products import Operator, full_precision_products, gram_product
+from kappa_lightning.spectra.recurrence import PROBE_SEED
 from kappa_lightning.spectra.ritz import PROBED, extreme_ritz_values
 from kappa_lightning.spectra.rotation import dominant_rotation
 from kappa_lightning.spectra.scaling import TallMatrices
@@ -33,7 +34,8 @@ SMALLEST_LANCZOS = 48
 _FACTOR_SHARE = 0.6
 # Below this share a sharper bound would cost more time than the steps of Lanczos that it saves.
 _GOOD_FACTOR = 0.45
-# Of what the factor leaves, what the top of the spectrum may use up; the bottom gets what is left.
+# Of what the factor leaves (all, where there is none yet), what the top of the spectrum may use up; the bottom gets the
+# rest.
 _TOP_SHARE = 0.9
 # The width, as a share of rtol, at which a bracket of σ_max² that came for nothing is taken.
 _EASY_TOP = 0.5
@@ -42,6 +44,7 @@ _LARGEST_RTOL = 0.1
 # κ of R may be above κ of A by the factor's error, and was by less than a fifth of its bound; counted for the width of
 # the brackets only, which are tighter for it.
 _REFINED_SHARE = 0.2
+_BOTTOM_PROBE_SEED = 0x626F_7474
 
 # Right singular vectors of R near its largest and its smallest singular value ↦ σ_max and σ_min of A from these.
 Refinement = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -122,24 +125,27 @@ def lu_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int)
         rtol: wanted relative error of κ.
         lanczos_from: number of columns from which on Lanczos runs instead of a full decomposition.
     """
-    run: QuickRun | None = None
-    if matrices.cols >= max(lanczos_from, SMALLEST_LANCZOS):
-        # On A itself, before there is a factor: the reading of A that judges the factor then measures this run as well.
-        with full_precision_products(torch.float32):
-            (rounded,) = matrices.row_blocks(torch.float32, matrices.rows)
-            # As many bytes at a time as in float64: what is still in a cache can be read twice.
-            parts = torch.split(rounded, 2 * rows, dim=-2)
-            run = quick_run(
-                lambda block: gram_product(block, parts),
-                matrices.cols,
-                matrices.count,
-                device=rounded.device,
-                tolerance=_TOP_SHARE * _budget(min(rtol, _LARGEST_RTOL)),
-            )
+    # On A itself, before there is a factor: the reading of A that judges the factor then measures this run as well.
+    run = _quick_top(matrices, rows, rtol) if matrices.cols >= max(lanczos_from, SMALLEST_LANCZOS) else None
     factor = lu_factor(matrices, rows)
     compared = compare(_reader(matrices, rows), factor, also=None if run is None else run.probe.vectors)
     top = None if run is None else run.if_settled(compared.image)
     return _read_off_if_close(matrices, factor, compared.error, compared.norm_squared, rtol, lanczos_from, top=top)
+
+
+def _quick_top(matrices: TallMatrices, rows: int, rtol: float) -> QuickRun:
+    """Run Lanczos on AᵀA in float32, as if the factor to come left all of the error to the ends."""
+    with full_precision_products(torch.float32):
+        (rounded,) = matrices.row_blocks(torch.float32, matrices.rows)
+        # As many bytes at a time as in float64: what is still in a cache can be read twice.
+        parts = torch.split(rounded, 2 * rows, dim=-2)
+        return quick_run(
+            lambda block: gram_product(block, parts),
+            matrices.cols,
+            matrices.count,
+            device=rounded.device,
+            tolerance=_TOP_SHARE * _budget(min(rtol, _LARGEST_RTOL)),
+        )
 
 
 def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int) -> Values:
@@ -228,7 +234,9 @@ def _read_off(
         if refine is None:
             sigma_max = sigma_max.index_put((members,), largest)
             sigma_min = sigma_min.index_put((members,), smallest)
-        above = largest if top is None else ends.bounds_max[1][members]
+        above = largest
+        if top is not None:  # then R's own is not A's, but bounds it
+            above = torch.minimum(ends.bounds_max[1][members], largest * (1 + error[members]).sqrt())
         width = (above / sigma_max[members]) * (sigma_min[members] / smallest)
         exact = stretch[members] * width - 1 + rounding_error(largest / smallest, n)
         attained = attained.index_put((members,), exact)
@@ -270,6 +278,8 @@ def _ends_by_lanczos(
         n,
         float(left),
         lambda top: rounding_error((largest.ritz * top).sqrt(), n),
+        # What is left depends on how well the top was measured, so that this run is measured with another block.
+        probe_seed=_BOTTOM_PROBE_SEED,
     )
     # One more step of inverse iteration takes away most of what Lanczos has left between neighbours at this end.
     bottom = factor.inverse(smallest.ritz_vectors(PROBED)) if refined else smallest.basis[:, :0]
@@ -289,18 +299,19 @@ def _budget(error_of_kappa: float) -> float:
 
 
 def _largest(
-    operator: Callable[[Tensor], Tensor],
-    operator32: Callable[[Tensor], Tensor] | None,
+    operator: Operator,
+    operator32: Operator | None,
     like: Tensor,
     size: int,
     tolerance: float,
     roundoff: Callable[[Tensor], Tensor],
+    probe_seed: int = PROBE_SEED,
 ) -> LargestEigenvalue:
     """Bracket the largest eigenvalue from a float32 run if there may be one and it settles, or from one in float64."""
     run = partial(largest_eigenvalue, size=size, batch=len(like), device=like.device, tolerance=tolerance)
     if operator32 is not None:
         with full_precision_products(torch.float32):
-            found = run(operator32, roundoff=roundoff, exact=operator)
+            found = run(operator32, roundoff=roundoff, exact=operator, probe_seed=probe_seed)
         if bool(found.settled(tolerance).all()):
             return found
     return run(operator, roundoff=roundoff)

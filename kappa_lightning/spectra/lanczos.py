@@ -13,7 +13,8 @@ from kappa_lightning.spectra.certificate import (
     largest_eigenvalue_interval,
 )
 from kappa_lightning.spectra.gaussian import BLOCK, Start
-from kappa_lightning.spectra.recurrence import Recurrence, RecurrenceProbe
+from kappa_lightning.spectra.products import Operator
+from kappa_lightning.spectra.recurrence import PROBE_SEED, Recurrence, RecurrenceProbe
 
 MAX_STEPS = 40
 BASIS_COLUMNS = BLOCK * (MAX_STEPS + 1)
@@ -29,8 +30,6 @@ _MEASUREMENTS = 3
 # ‖QᵀQ − I‖ up to which a basis in float32 is taken for orthonormal.
 _MOST_SKEW = 1e-3
 START_SEED = 0x6B61_7070
-
-Operator = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +76,9 @@ class QuickRun:
     tolerance: float
 
     @classmethod
-    def of(cls, recurrence: Recurrence, start: Start, tolerance: float) -> "QuickRun":
+    def of(cls, recurrence: Recurrence, start: Start, tolerance: float, probe_seed: int = PROBE_SEED) -> "QuickRun":
         """Take a run as it stands."""
-        return cls(RecurrenceProbe.of(recurrence), RitzPairs.of(recurrence.tridiagonal), start, tolerance)
+        return cls(RecurrenceProbe.of(recurrence, probe_seed), RitzPairs.of(recurrence.tridiagonal), start, tolerance)
 
     def measured(self, image: Tensor, roundoff: Callable[[Tensor], Tensor] = torch.zeros_like) -> LargestEigenvalue:
         """Bracket as :func:`.certificate.largest_eigenvalue_interval` does, with the measured errors.
@@ -124,6 +123,7 @@ def largest_eigenvalue(
     tolerance: float,
     roundoff: Callable[[Tensor], Tensor] = torch.zeros_like,
     exact: Operator | None = None,
+    probe_seed: int = PROBE_SEED,
 ) -> LargestEigenvalue:
     """Bracket the largest eigenvalue of a batch of symmetric positive semidefinite operators.
 
@@ -141,6 +141,7 @@ def largest_eigenvalue(
             shape (batch,), beside the 1e-12 that is always allowed for.
         exact: the operator in float64, if the run and ``operator`` are to be in float32; what that did to the
             recurrence is measured with it.
+        probe_seed: of the block with which it is measured; what ``tolerance`` was made with must not depend on it.
 
     Returns:
         The ends of :func:`.certificate.largest_eigenvalue_interval`, and the Ritz value with its vectors. Lower end,
@@ -158,7 +159,7 @@ def largest_eigenvalue(
             ritz, upper = ritz.masked_fill(recurrence.lost, 0.0), upper.masked_fill(recurrence.lost, torch.inf)
             found = LargestEigenvalue(ritz, ritz, upper, recurrence.basis[:, :-BLOCK], pairs)
         else:
-            run = QuickRun.of(recurrence, start, tolerance)
+            run = QuickRun.of(recurrence, start, tolerance, probe_seed)
             found = run.measured(exact(run.probe.vectors), roundoff)
         given_up = exact is not None and attempt == _MEASUREMENTS
         if given_up or bool((recurrence.lost | found.settled(tolerance)).all()):

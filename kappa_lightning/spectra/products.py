@@ -1,13 +1,16 @@
 """Products of matrices with a few vectors: how they are read, in which precision, and in which form they are fast."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
+
+Operator = Callable[[Tensor], Tensor]
+"""Applies a matrix of order n to vectors as rows: (count, few, n) to the same shape."""
 
 
 def gram_product(block: Tensor, parts: Iterable[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kappa_lightning.spectra.gaussian import BLOCK, OVERLAP, gaussian_block
 
-_RECURRENCE_SEED = 0x7265_6375
+PROBE_SEED = 0x7265_6375
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,10 @@ class RecurrenceProbe:
     vectors: Tensor
 
     @classmethod
-    def of(cls, recurrence: Recurrence) -> "RecurrenceProbe":
-        """Draw G."""
+    def of(cls, recurrence: Recurrence, seed: int = PROBE_SEED) -> "RecurrenceProbe":
+        """Draw G; no choice of the run may have been made with the block of this seed."""
         spanned, inner = recurrence.basis, recurrence.tridiagonal.shape[-1]
-        block = gaussian_block(spanned.shape[-2], _RECURRENCE_SEED, spanned.device)
+        block = gaussian_block(spanned.shape[-2], seed, spanned.device)
         gaussian = block.mT.expand(len(spanned), -1, -1)
         return cls(recurrence, gaussian, gaussian[..., :inner] @ spanned[:, :inner].to(torch.float64))
 

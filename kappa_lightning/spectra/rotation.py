@@ -6,7 +6,6 @@ rounding does to a Gram matrix and to its Cholesky factor does not depend on the
 the dominant directions, these directions are nothing but long columns.
 """
 
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from kappa_lightning.spectra.certificate import bracket_prospect
 from kappa_lightning.spectra.gaussian import BLOCK, Start
-from kappa_lightning.spectra.lanczos import QuickRun, lanczos_steps
+from kappa_lightning.spectra.lanczos import QuickRun, lanczos_steps, most_steps
 from kappa_lightning.spectra.products import gram_product
 from kappa_lightning.spectra.scaling import TallMatrices
 
@@ -77,17 +76,15 @@ def dominant_rotation(matrices: TallMatrices, rows: int, tolerance: float) -> tu
         The rotation, and the run, if it may give such brackets for the whole stack once it has been measured.
     """
     start = Start.random(matrices.cols, _RANGE_SEED, matrices.entries.device).rounded(torch.float32)
-    recurrence = deque(
-        lanczos_steps(
-            lambda block: gram_product(block, matrices.row_blocks(block.dtype, rows)),
-            start,
-            matrices.count,
-            min(_STEPS, matrices.cols // BLOCK - 1),
-            torch.float32,
-        ),
-        maxlen=1,
-    ).pop()
-    run = QuickRun.of(recurrence, start, tolerance)
+    steps = lanczos_steps(
+        lambda block: gram_product(block, matrices.row_blocks(block.dtype, rows)),
+        start,
+        matrices.count,
+        min(_STEPS, most_steps(matrices.cols)),
+        torch.float32,
+    )
+    *_, recurrence = steps
+    run = QuickRun.of(recurrence, start, tolerance, _RANGE_SEED + 1)
     # The largest first, and one direction to an axis: two that shared theirs would be as ill-conditioned as before.
     rotation = Rotation.onto_first_axes(run.pairs.vectors(recurrence.basis[:, :-BLOCK], BLOCK).flip(-2))
     h, _ = bracket_prospect(recurrence, start, tolerance, run.pairs.values[..., -1])

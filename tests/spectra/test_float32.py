@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from spectra_matrices import FAMILIES, as_tensor, reference_kappa, relative_error, with_singular_values
 
 from kappa_lightning.spectra import factored, ladder, spectrum
-from kappa_lightning.spectra.factor import compare, gram_cholesky, gram_matrix, triangular_factor
+from kappa_lightning.spectra.factor import compare, gram_cholesky, gram_matrix, lu_factor, triangular_factor
 from kappa_lightning.spectra.gaussian import gaussian_block
 from kappa_lightning.spectra.ladder import Plan, climb, take_rung
 from kappa_lightning.spectra.lanczos import LargestEigenvalue, largest_eigenvalue, quick_run
@@ -18,6 +18,7 @@ from kappa_lightning.spectra.recurrence import Recurrence, RecurrenceProbe
 from kappa_lightning.spectra.ritz import extreme_ritz_values
 from kappa_lightning.spectra.rotation import Rotation, dominant_rotation
 from kappa_lightning.spectra.scaling import TallMatrices
+from kappa_lightning.spectra.svd import rounding_error
 
 CPU = torch.device("cpu")
 
@@ -277,6 +278,19 @@ def test_measured_error_of_a_recurrence_bounds_the_true_one(noise):
     assert float(torch.linalg.matrix_norm(q.mT @ q - torch.eye(80), 2)) <= float(skew) + 1e-14
 
 
+@pytest.mark.parametrize("tilt", [1e-6, 1e-2])
+def test_measured_skew_bounds_the_true_one_where_the_recurrence_is_exact(tilt):
+    """M = I and T = I have no error whatever Q is, so that nothing but QᵀQ − I can show."""
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(200, 80, generator=generator, dtype=torch.float64)).Q.mT[None]
+    basis = basis + tilt * torch.randn(basis.shape, generator=generator, dtype=torch.float64)
+    identity, nothing = torch.eye(64, dtype=torch.float64)[None], torch.zeros(1, 16, 16, dtype=torch.float64)
+    probe = RecurrenceProbe.of(Recurrence(basis, identity, nothing, torch.zeros(1, dtype=torch.bool)))
+    _, skew = probe.errors(probe.vectors)
+    true = float(torch.linalg.matrix_norm(basis[0] @ basis[0].mT - torch.eye(80), 2))
+    assert tilt < true <= float(skew) <= 60 * true
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     size=st.integers(48, 200),
@@ -330,6 +344,30 @@ def test_a_float32_run_that_is_wrong_is_followed_by_one_in_float64(monkeypatch, 
     assert runs == [True, False, False]
     true = reference_kappa(matrices.entries[0].numpy())
     assert relative_error(values.sigma_max / values.sigma_min, true) <= float(values.rtol) <= 1e-3
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_error_of_an_lu_factor_counts_whether_or_not_the_top_is_known_without_it(spread):
+    """κ = 1e10, where hardly anything but that error is left. A crowd at the top is what Lanczos cannot settle."""
+    sigma = np.concatenate([np.linspace(1, 1 - spread, 200), np.linspace(0.4, 0.3, 55), [1e-10]])
+    matrix = with_singular_values(np.random.default_rng(0), 256, 256, sigma)
+    matrices = tall(as_tensor(matrix)[None])
+    error = float(compare(lambda: matrices.row_blocks(torch.float64, 64), lu_factor(matrices, 64)).error)
+    assert 1e-4 < error < 5e-4
+    values = take_rung("lu64", matrices, plan("lu64"), 1e-3)
+    shown, rounding = float(values.rtol), float(rounding_error(torch.tensor(1e10), 256))
+    assert relative_error(values.sigma_max / values.sigma_min, reference_kappa(matrix)) <= shown
+    # From all singular values of the factor, both of whose ends are then known.
+    assert (1 - error) ** -0.5 - 1 + rounding <= shown <= 1.05 * (error + rounding)
+
+
+def test_error_of_an_lu_factor_counts_once_where_the_top_stands_out():
+    sigma = np.concatenate([[1.0], np.linspace(0.1, 0.05, 254), [10**-10.2]])
+    matrices = tall(as_tensor(with_singular_values(np.random.default_rng(6), 256, 256, sigma))[None])
+    error = float(compare(lambda: matrices.row_blocks(torch.float64, 64), lu_factor(matrices, 64)).error)
+    shown = float(take_rung("lu64", matrices, plan("lu64"), 1e-3).rtol)
+    rounding = float(rounding_error(torch.tensor(10**10.2), 256))
+    assert (1 - error) ** -0.5 - 1 + rounding <= shown <= 0.6 * error + rounding + 1e-4
 
 
 def test_one_float32_run_is_enough_for_the_top_of_a_square(monkeypatch):

@@ -16,7 +16,7 @@ from kappa_lightning.spectra.factor import (
     qr_factor,
     triangular_factor,
 )
-from kappa_lightning.spectra.gaussian import Start
+from kappa_lightning.spectra.gaussian import Start, gaussian_block
 from kappa_lightning.spectra.ladder import Plan, choose_rungs, climb, make_plan, take_rung
 from kappa_lightning.spectra.lanczos import largest_eigenvalue
 from kappa_lightning.spectra.recurrence import Recurrence
@@ -153,8 +153,66 @@ def test_bracket_stays_open_while_lanczos_has_seen_too_little():
     assert upper >= 1
 
 
+def bracket_by_the_book(tridiagonal, coupling, start, tolerance, roundoff):
+    """The upper end as the docstring has it, a point at a time, relative to the largest Ritz value."""
+    theta = np.linalg.eigvalsh(tridiagonal)[-1]
+    steps = len(tridiagonal) // 16
+    reach = np.linalg.norm(start.triangle, 2)
+    growth = 1 + 0.7 * start.overlap / reach
+    gaps = tolerance / 16 * growth ** np.arange(np.ceil(np.log(64 / tolerance) / np.log(growth)) + 1)
+    excluded = []
+    for gap in gaps:
+        inverse = np.linalg.inv((1 + gap) * np.eye(len(tridiagonal)) - tridiagonal / theta)
+        seen = np.linalg.norm(coupling / theta @ inverse[-16:, :16] @ start.triangle.numpy())
+        spread = min(np.linalg.norm(inverse[:, :16] @ start.triangle.numpy()), reach / gap)
+        excluded.append(seen + (gap * (growth - 1) + roundoff) * spread < start.overlap)
+    tail = np.linalg.norm(coupling / theta) / gaps[-1] * (1 + gaps[-1]) ** (1 - steps) + roundoff / gaps[-1]
+    if not excluded[-1] or tail * reach >= start.overlap:
+        return np.inf
+    return 1 + gaps[max((i + 1 for i, out in enumerate(excluded) if not out), default=0)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("roundoff", [0.0, 1e-3, 0.02])
+@pytest.mark.parametrize("narrow", [1.0, 10.0, 100.0])
+def test_upper_end_is_where_the_start_block_would_have_seen_too_little(steps, roundoff, narrow):
+    """With an R of any size: a small one makes the grid coarse, and the Neumann series past it the last word."""
+    rng = np.random.default_rng(steps)
+    start = Start.random(300, 0, CPU)
+    start = Start(start.block, start.triangle / narrow, start.overlap)
+    diagonal = rng.standard_normal((16 * steps, 16 * steps))
+    tridiagonal = diagonal @ diagonal.T / (16 * steps)
+    for row in range(steps):
+        for col in range(steps):
+            if abs(row - col) > 1:
+                tridiagonal[16 * row : 16 * row + 16, 16 * col : 16 * col + 16] = 0
+    ends = []
+    for scale in np.logspace(-6, 6, 49):
+        coupling = scale * np.triu(rng.standard_normal((16, 16)))
+        pairs = RitzPairs.of(as_tensor(tridiagonal)[None])
+        lower, upper = largest_eigenvalue_interval(
+            pairs, as_tensor(coupling)[None], start, 1e-2, lambda top: torch.full_like(top, roundoff)
+        )
+        ends.append(float(upper / lower))
+        assert ends[-1] == pytest.approx(bracket_by_the_book(tridiagonal, coupling, start, 1e-2, roundoff), rel=1e-9), (
+            scale
+        )
+    assert max(ends) == np.inf
+
+
+def test_what_precision_takes_from_the_overlap():
+    start = Start.random(100, 1, CPU)
+    assert start.rounded(torch.float32).overlap == pytest.approx(
+        0.6 - 2 * 2**-23 * float(torch.linalg.matrix_norm(start.triangle)), rel=1e-12
+    )
+    lost = (start.block.float().double() - start.block) @ start.triangle
+    assert torch.linalg.matrix_norm(lost, 2) <= start.overlap - start.rounded(torch.float32).overlap
+    assert start.of_length(1.21).overlap == pytest.approx(0.6 / 1.1)
+    torch.testing.assert_close(start.block @ start.triangle, gaussian_block(100, 1, CPU))
+
+
 def test_cheap_question_before_the_bracket_puts_off_an_answer_by_a_step_at_most():
-    """Where the bracket is narrow enough, the question says so, and it keeps up with the Ritz value."""
+    """And it keeps up with the Ritz value."""
     size, tolerance = 300, 1e-2
     eigenvalues = torch.linspace(0.1, 1, size, dtype=torch.float64)
     start = Start.random(size, 0, CPU)
