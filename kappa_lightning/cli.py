@@ -175,7 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--solver", default="auto", choices=list(SOLVERS), help="svd is exact and slow")
     scan.add_argument("--rtol", type=float, default=1e-3, help="relative error of κ (default: 0.001)")
     scan.add_argument(
-        "--memory", type=_bytes, metavar="SIZE", help="working memory, as 8G (default: a quarter of what is free)"
+        "--memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="working memory, as 8G (default: a quarter of what is free, half on a GPU)",
     )
     scan.add_argument(
         "--out", type=Path, metavar="FILE", help="save the profile; an interrupted scan goes on from there"
