@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory",
         type=_bytes,
         metavar="SIZE",
-        help="working memory, as 8G (default: a quarter of what is free, half on a GPU)",
+        help="working memory, such as 8G (default: a quarter of what is free, half on a GPU)",
     )
     scan.add_argument(
         "--out", type=Path, metavar="FILE", help="save the profile; an interrupted scan goes on from there"

@@ -54,7 +54,7 @@ def no_gpu(monkeypatch, memory):
 @pytest.mark.parametrize("device", [None, torch.device("cpu"), torch.device("meta")])
 def test_off_a_gpu_each_tensor_is_a_batch_of_its_own(device):
     weights = find_weights(model())
-    assert compute._batches(weights, device) == [[weight] for weight in weights]
+    assert compute._batches(weights, device, 1 << 40) == [[weight] for weight in weights]
 
 
 def test_on_the_cpu_tensors_go_through_one_after_the_other_in_the_models_order(decomposed):
@@ -63,9 +63,8 @@ def test_on_the_cpu_tensors_go_through_one_after_the_other_in_the_models_order(d
     assert [shape for _, shape in decomposed] == [weight.stack_shape for weight in find_weights(net)]
 
 
-def test_on_a_gpu_matrices_of_one_shape_and_precision_go_together(memory):
-    memory(1 << 40)
-    batches = compute._batches(find_weights(model()), CUDA)
+def test_on_a_gpu_matrices_of_one_shape_and_precision_go_together():
+    batches = compute._batches(find_weights(model()), CUDA, 1 << 40)
     assert names_of(batches) == [
         ["square0.weight", "square1.weight", "square2.weight", "experts.up", "last.weight"],
         ["wide0.weight", "wide1.weight", "wide2.weight", "conv.weight"],
@@ -73,42 +72,52 @@ def test_on_a_gpu_matrices_of_one_shape_and_precision_go_together(memory):
     ]
 
 
-def test_transposes_of_each_other_do_not_go_together(memory):
-    memory(1 << 40)
+def test_transposes_of_each_other_do_not_go_together():
     net = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)])
-    assert names_of(compute._batches(find_weights(net), CUDA)) == [["0.weight"], ["1.weight"]]
+    assert names_of(compute._batches(find_weights(net), CUDA, 1 << 40)) == [["0.weight"], ["1.weight"]]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 9, 10])
-def test_batch_fills_a_quarter_of_the_free_memory_and_no_more(memory, layers):
+def test_batch_fills_the_budget_and_no_more(layers):
     weights = find_weights(nn.ModuleList([nn.Linear(8, 8) for _ in range(10)]))
     one = bytes_of(weights[:1])
-    for free, expected in ((4 * layers * one, layers), (4 * (layers * one + one - 1), layers)):
-        memory(free)
-        batches = compute._batches(weights, CUDA)
-        assert max(map(bytes_of, batches)) <= free // 4
+    for budget in (layers * one, layers * one + one - 1):
+        batches = compute._batches(weights, CUDA, budget)
+        assert max(map(bytes_of, batches)) <= budget
         sizes = [len(batch) for batch in batches]
-        assert sizes == [expected] * (10 // expected) + [10 % expected] * (10 % expected > 0)
+        assert sizes == [layers] * (10 // layers) + [10 % layers] * (10 % layers > 0)
 
 
-def test_tensor_that_is_too_large_goes_alone_and_stops_nothing(memory):
-    memory(1)
+@pytest.mark.parametrize(("given", "wanted"), [(None, 1 << 20), (1 << 10, 1 << 9), (1, 1)])
+def test_a_gpu_holds_as_much_for_the_work_as_for_the_tensors(no_gpu, memory, monkeypatch, given, wanted):
+    memory(1 << 22)
+    budgets = []
+    batches, spectrum = compute._batches, compute.spectrum
+    monkeypatch.setattr(compute, "_batches", lambda *these: budgets.append(these[2]) or batches(*these))
+    monkeypatch.setattr(
+        compute,
+        "spectrum",
+        lambda view, **options: budgets.append(options["memory_budget"]) or spectrum(view, **options),
+    )
+    KappaProfile.from_model(nn.Linear(3, 4), progress=False, device="cuda", memory_budget=given)
+    assert budgets == [wanted, wanted]
+
+
+def test_tensor_that_is_too_large_goes_alone_and_stops_nothing():
     weights = find_weights(model())
-    assert compute._batches(weights, CUDA) == [[weight] for weight in weights]
+    assert compute._batches(weights, CUDA, 1) == [[weight] for weight in weights]
 
 
-@pytest.mark.parametrize("free", [1, 4_000, 20_000, 100_000, 1 << 40])
-def test_every_tensor_is_in_exactly_one_batch_whatever_the_memory(memory, free):
-    memory(free)
+@pytest.mark.parametrize("budget", [1, 1_000, 5_000, 25_000, 1 << 40])
+def test_every_tensor_is_in_exactly_one_batch_whatever_the_memory(budget):
     weights = find_weights(model())
-    batches = compute._batches(weights, CUDA)
+    batches = compute._batches(weights, CUDA, budget)
     assert sorted(name for batch in names_of(batches) for name in batch) == sorted(weight.name for weight in weights)
-    assert all(len(batch) == 1 or bytes_of(batch) <= free // 4 for batch in batches)
+    assert all(len(batch) == 1 or bytes_of(batch) <= budget for batch in batches)
 
 
-def test_no_tensor_gives_no_batch(memory):
-    memory(1 << 40)
-    assert compute._batches([], CUDA) == []
+def test_no_tensor_gives_no_batch():
+    assert compute._batches([], CUDA, 1 << 40) == []
 
 
 def test_profile_by_batches_has_the_models_order(no_gpu):
