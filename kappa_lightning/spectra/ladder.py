@@ -129,8 +129,8 @@ def climb(matrices: TallMatrices, members: Sequence[int], plan: Plan, rtol: floa
     """Work the given members up the ladder; the others get the values of a zero matrix.
 
     The host waits for a GPU once a rung, to learn which members go on, and within a chunk a number of times that does
-    not depend on the number of members: after the factorisation, each time its error is measured, a few times in a step
-    of Lanczos, and to ask whether any of them failed to settle.
+    not depend on the number of members: after the factorisation, each time its error is measured, when a run of Lanczos
+    starts, after those of its steps that may be enough, and to ask whether any of them failed to settle.
     """
     values = Values.empty(matrices.count, matrices.entries.device)
     pending = list(members)

@@ -253,7 +253,8 @@ def lanczos_steps(operator: Operator, start: Start, batch: int, steps: int, dtyp
         tridiagonal[..., here, here] = (diagonal + diagonal.mT) / 2
         image = torch.baddbmm(image, projection, spanned, alpha=-1.0)
         image = image + filler * torch.linalg.matrix_norm(diagonal).to(dtype)[..., None, None]
-        block, coupling = _orthonormalise(image, spanned)
+        # On a GPU the question would stop the host in every step.
+        block, coupling = _orthonormalise(image, spanned, may_ask=not image.is_cuda)
         coupling = coupling.to(torch.float64)
         basis[:, done : done + BLOCK] = block
         # The inverse of a matrix that is singular beyond float64's range overflows, and nothing can be said of it.
@@ -271,12 +272,20 @@ def _steps_to_skip(distance: float, slope: float) -> int:
     return max(1, int(_PATIENCE * distance / slope)) if 0 < slope < math.inf and distance < math.inf else 1
 
 
-def _orthonormalise(image: Tensor, spanned: Tensor) -> tuple[Tensor, Tensor]:
+def _orthonormalise(image: Tensor, spanned: Tensor, may_ask: bool) -> tuple[Tensor, Tensor]:
     """Factor imageᵀ = blockᵀ @ coupling with the rows of block orthonormal and orthogonal to those of ``spanned``.
 
     Shifted Cholesky QR, three passes (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42,
     2020): matrix products and 16×16 factorisations only, where a GPU's batched Householder QR would dominate the run.
     The shift stands for directions that have ended, and is left out where none has: then two passes are enough.
+
+    Args:
+        image: shape (batch, 16, n).
+        spanned: orthonormal rows, shape (batch, 16k, n).
+        may_ask: whether to stop after two passes where they are enough; the host waits for the answer.
+
+    Returns:
+        block, shape (batch, 16, n), and coupling, shape (batch, 16, 16).
     """
     coupling = torch.eye(BLOCK, dtype=image.dtype, device=image.device)
     identity = coupling
@@ -293,7 +302,7 @@ def _orthonormalise(image: Tensor, spanned: Tensor) -> tuple[Tensor, Tensor]:
         else:
             factor = torch.linalg.cholesky_ex(gram + torch.finfo(image.dtype).tiny * identity).L
             orthonormal = (factor.diagonal(dim1=-2, dim2=-1) > _ORTHONORMAL).all(-1)
-            settled = bool(orthonormal.all())
+            settled = may_ask and bool(orthonormal.all())
             if sweep == 1 and not settled:
                 shifted = torch.linalg.cholesky_ex(gram + shift * identity).L
                 factor = torch.where(orthonormal[:, None, None], factor, shifted)

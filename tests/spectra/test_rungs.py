@@ -18,7 +18,7 @@ from kappa_lightning.spectra.factor import (
 )
 from kappa_lightning.spectra.gaussian import Start, gaussian_block
 from kappa_lightning.spectra.ladder import Plan, choose_rungs, climb, make_plan, take_rung
-from kappa_lightning.spectra.lanczos import largest_eigenvalue
+from kappa_lightning.spectra.lanczos import _orthonormalise, largest_eigenvalue
 from kappa_lightning.spectra.recurrence import Recurrence
 from kappa_lightning.spectra.scaling import TallMatrices
 
@@ -234,6 +234,25 @@ def test_cheap_question_before_the_bracket_puts_off_an_answer_by_a_step_at_most(
     assert (True, True) in answers
     assert answers.count((False, True)) <= 1
     assert answers[-1] == (True, True)
+
+
+@pytest.mark.parametrize("may_ask", [True, False])
+@pytest.mark.parametrize("rank", [16, 5])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_a_block_is_orthonormal_with_two_passes_or_three(may_ask, rank, dtype, close):
+    """Three are what a GPU takes, where the host does not ask; also for a block in which directions have ended."""
+    generator = torch.Generator().manual_seed(4)
+    spanned = torch.linalg.qr(torch.randn(2, 90, 32, generator=generator, dtype=torch.float64)).Q.mT.to(dtype)
+    image = torch.randn(2, 16, rank, generator=generator, dtype=torch.float64) @ torch.randn(
+        2, rank, 90, generator=generator, dtype=torch.float64
+    )
+    image = image + 1e-4 * close * torch.randn(image.shape, generator=generator, dtype=torch.float64)
+    image = (image - image @ spanned.mT.double() @ spanned.double()).to(dtype)
+    block, coupling = _orthonormalise(image, spanned, may_ask)
+    identity = torch.eye(16, dtype=dtype).expand(2, -1, -1)
+    torch.testing.assert_close(block @ block.mT, identity, rtol=0, atol=close)
+    assert (block @ spanned.mT).abs().max() < close
+    torch.testing.assert_close(coupling.mT @ block, image, rtol=0, atol=100 * close)
 
 
 @pytest.mark.parametrize("size", [48, 64, 130])
