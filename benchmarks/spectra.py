@@ -1,4 +1,4 @@
-"""How fast is κ, and how right? A profile against PEFT's selector, a full SVD, and the bare factorisation.
+"""How fast is κ, and how right? A profile against PEFT's selector, a full SVD, and the bare factorization.
 
 Run one case, or several: ``python -m benchmarks.spectra tinyllama minilm``. All competitors run in the same process on
 the same weights, by turns; the figures that matter are the ratios. PEFT's selector and ``KappaProfile`` get the same
@@ -130,7 +130,7 @@ def run_svd(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def run_floor(tensors: Sequence[Tensor]) -> list[float]:
-    """The bare float32 factorisation: LU of a square matrix, R of a QR otherwise."""
+    """The bare float32 factorization: LU of a square matrix, R of a QR otherwise."""
     for tensor in tensors:
         if tensor.shape[-2] == tensor.shape[-1]:
             torch.linalg.lu_factor(tensor.mT)
@@ -292,7 +292,7 @@ HEADER = [
 
 
 def floor(repeats: int) -> list[str]:
-    """``spectrum`` against the bare factorisations, one large matrix at a time: a learned spectrum, and plain noise."""
+    """``spectrum`` against the bare factorizations, one large matrix at a time: a learned spectrum, and plain noise."""
     rows = [
         "| shape | weights | seconds | ÷ LU float32 | ÷ LU float64 | ÷ QR float32 | ÷ QR float64 | κ |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kappa_lightning.profile import KappaProfile
-from kappa_lightning.roles import depth_and_role
+from kappa_lightning.weights.roles import depth_and_role
 
 _NAMED = 5  # More labels than this overlap at the size at which TensorBoard shows a picture.
 
@@ -44,17 +44,17 @@ def drift_figure(baseline: Mapping[str, float], history: Sequence[Mapping[str, A
     scatter.plot(ends, ends, color="0.8", linewidth=1, zorder=0)
 
     furthest = sorted(names, key=lambda name: -abs(math.log10(latest[name] / baseline[name])))[:_NAMED]
-    colours = {name: colormaps["tab10"](place) for place, name in enumerate(furthest)}
-    scatter.scatter(start, now, s=[22 if n in colours else 14 for n in names], c=[colours.get(n, "0.6") for n in names])
+    colors = {name: colormaps["tab10"](place) for place, name in enumerate(furthest)}
+    scatter.scatter(start, now, s=[22 if n in colors else 14 for n in names], c=[colors.get(n, "0.6") for n in names])
     for name in names:
         known = [r for r in history if math.isfinite(r["kappa"].get(name, math.inf))]
         values = [math.log10(r["kappa"][name] / baseline[name]) for r in known]
-        named = name in colours
-        colour = colours.get(name, "0.6")
+        named = name in colors
+        color = colors.get(name, "0.6")
         style: dict[str, Any] = (
             {"linewidth": 1.8, "marker": "o", "markersize": 3, "zorder": 3} if named else {"linewidth": 0.8}
         )
-        lines.plot([r["epoch"] for r in known], values, color=colour, label=name if named else None, **style)
+        lines.plot([r["epoch"] for r in known], values, color=color, label=name if named else None, **style)
     lines.xaxis.get_major_locator().set_params(integer=True)
     title = "furthest from fit start" if len(names) > len(furthest) else None
     figure.legend(fontsize=7, loc="outside lower center", ncols=2, title=title, title_fontsize=7, frameon=False)
@@ -62,9 +62,9 @@ def drift_figure(baseline: Mapping[str, float], history: Sequence[Mapping[str, A
 
 
 def profile_figure(profile: KappaProfile, selected: Collection[str] = (), *, title: str = "") -> Figure:
-    """Layer depth by tensor role, coloured by log10 κ, with a dot on what trains.
+    """Layer depth by tensor role, colored by log10 κ, with a dot on what trains.
 
-    Several tensors of one role in one layer (separate experts) share a cell, coloured by their median κ; the dot
+    Several tensors of one role in one layer (separate experts) share a cell, colored by their median κ; the dot
     shows if any of them trains. An infinite κ is hatched.
 
     Args:

@@ -39,7 +39,7 @@ def fingerprint(tensor: Tensor) -> str:
     whole = words.numel() // _CHUNK * _CHUNK
     chunks = words[:whole].view(-1, _CHUNK)
     rows = 1 if words.device.type == "cpu" else _ROWS_ELSEWHERE
-    # The sums stay on the device until all are there: one synchronisation a tensor.
+    # The sums stay on the device until all are there: one synchronization a tensor.
     sums = [_mixed_sum(part, weights) for part in torch.split(chunks, rows)]
     rest = words[whole:]
     sums.append(_mixed_sum(rest.unsqueeze(0), weights[: rest.numel()]))

@@ -21,16 +21,16 @@ class Processes:
 
     Attributes:
         rank: the number of this process, from 0.
-        count: how many there are.
+        world_size: how many there are.
 
     Example:
         >>> alone = Processes()
-        >>> alone.gather("a"), alone.from_first("b")
+        >>> alone.gather("a"), alone.broadcast("b")
         (['a'], 'b')
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @classmethod
     def of_this_run(cls) -> Processes:
@@ -40,28 +40,28 @@ class Processes:
         return cls()
 
     @property
-    def is_first(self) -> bool:
+    def is_global_zero(self) -> bool:
         """Whether this is the process that writes files and shows progress."""
         return self.rank == 0
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes, by rank."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Value | None] = [None] * self.count
+        values: list[Value | None] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
-    def on_this_machine(self) -> int:
+    def local_world_size(self) -> int:
         """How many of the processes run on the machine of this one, itself included."""
-        if self.count == 1:
+        if self.world_size == 1:
             return 1
         name = socket.gethostname()
         return self.gather(name).count(name)
 
-    def from_first(self, value: Value) -> Value:
+    def broadcast(self, value: Value) -> Value:
         """The value of rank 0."""
-        if self.count == 1:
+        if self.world_size == 1:
             return value
         box: list[Value] = [value]
         torch.distributed.broadcast_object_list(box, src=0)
@@ -88,7 +88,7 @@ class FailingTogether:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # Ctrl+C and an exit do not wait for the others, who may be long in coming.
-        if self.processes.count == 1 or (error is not None and not isinstance(error, Exception)):
+        if self.processes.world_size == 1 or (error is not None and not isinstance(error, Exception)):
             return
         messages = self.processes.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is None:

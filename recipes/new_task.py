@@ -23,16 +23,16 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from kappa_lightning import Probe
-from recipes.generative.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
-from recipes.generative.comparison import Result, run, show
-from recipes.generative.encoding import Sample
-from recipes.generative.module import load_encoder
-from recipes.generative.pretraining import Schooling
-from recipes.generative.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
-from recipes.generative.small_llama import small_llama
-from recipes.generative.small_models import SMALL_LLAMA
-from recipes.generative.world import NUMBERS
 from recipes.image_text import tensorboard
+from recipes.shared.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
+from recipes.shared.comparison import Result, run, show
+from recipes.shared.encoding import Sample
+from recipes.shared.module import load_encoder
+from recipes.shared.pretraining import Schooling
+from recipes.shared.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
+from recipes.shared.small_llama import small_llama
+from recipes.shared.small_models import SMALL_LLAMA
+from recipes.shared.world import NUMBERS
 
 SORTING = "sorting"
 """The task that needs no file."""

@@ -108,7 +108,7 @@ def test_training_table_without_kappas_leaves_the_range_empty():
     assert ["vectors", "3", "30", "100.0%"] in lines_of(training_table([Group("vectors", 3, 30, ())], title="t"))
 
 
-def test_rendered_table_has_no_colours_and_no_trailing_blanks():
+def test_rendered_table_has_no_colors_and_no_trailing_blanks():
     table = Table()
     table.add_column("[bold]head[/bold]")
     table.add_row("cell")

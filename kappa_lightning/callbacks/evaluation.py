@@ -66,7 +66,7 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, name: str, probe: 
                     raise ValueError("the dataloader gave no batch: there is nothing to measure")
             with _added_up(probe.metric, share, batches.split):
                 value = probe.compute()
-            return processes.from_first(value)
+            return processes.broadcast(value)
         except Exception as error:
             # Nothing is caught for good: the note tells whose step or metric the error comes from.
             error.add_note(f"in ForgettingEval's probe {name!r}")
@@ -98,8 +98,8 @@ def _added_up(metric: Metric, share: Share, split: bool) -> Iterator[None]:
 
 def _seed_alike(processes: Processes) -> None:
     """Give all processes the same random numbers, so that a shuffled dataloader gives them one order to share."""
-    if processes.count > 1:
-        seed = processes.from_first(int(torch.randint(2**31, ()).item()))
+    if processes.world_size > 1:
+        seed = processes.broadcast(int(torch.randint(2**31, ()).item()))
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - the generator that samplers draw from
         random.seed(seed)

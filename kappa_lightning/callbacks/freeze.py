@@ -1,4 +1,4 @@
-"""Freeze the specialised tensors of a model by their condition number, and train the rest."""
+"""Freeze the specialized tensors of a model by their condition number, and train the rest."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_text
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile import KappaProfile
-from kappa_lightning.profile.profile import included
 from kappa_lightning.profile.row import EXPERTS
 from kappa_lightning.selection import DEFAULT_TOP_P, Budget, check_ranking, rank, select
 from kappa_lightning.spectra import check_options
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.tables import ranking_markdown, training_table
 from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
+from kappa_lightning.weights.patterns import included
 
 
 class KappaFreezeCallback(Callback):
@@ -82,7 +82,7 @@ class KappaFreezeCallback(Callback):
 
     Raises:
         TypeError: if an argument has the wrong type; at fit start, if ``always_train`` matches a parameter that is not
-            floating point, or a candidate is quantised in a way that cannot be read.
+            floating point, or a candidate is quantized in a way that cannot be read.
         ValueError: if more than one budget is given or one that selects nothing; at fit start, if a pattern matches no
             parameter, nothing is left to train, a weight has NaN or infinite entries, the profile is another model's,
             the checkpoint holds no selection or one of other tensors, or the strategy is not supported. Nothing has
@@ -331,12 +331,13 @@ class KappaFreezeCallback(Callback):
         known = self._given_profile
         with processes.failing_together():
             # Whether there is a file is for one process to say, or one that comes later would see it half written.
-            if processes.is_first and known is None and self.profile_path is not None and self.profile_path.exists():
-                known = KappaProfile.load(self.profile_path)
-        known = processes.from_first(known)
+            path = self.profile_path
+            if processes.is_global_zero and known is None and path is not None and path.exists():
+                known = KappaProfile.load(path)
+        known = processes.broadcast(known)
         if known is not None:
             profile = known.renamed_for([weight.name for weight in candidates])
-            if processes.count == 1:
+            if processes.world_size == 1:
                 profile.check(module)
                 return profile
             # Sharded weights are read by all together, so nobody stops at the first difference.

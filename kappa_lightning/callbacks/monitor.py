@@ -20,7 +20,7 @@ from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_figure, log_scalars, publish, shows_pictures
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.compute import compute_rows
-from kappa_lightning.profile.dealing import compute_dealt
+from kappa_lightning.profile.distributed import compute_distributed
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
 
@@ -197,9 +197,9 @@ class KappaMonitor(Callback):
         pending = [weight for name, weight in weights.items() if name not in kappas]
         processes = adapter_for(trainer).processes(trainer)
         device = trainer.strategy.root_device
-        neighbours = processes.on_this_machine() if device.type == "cpu" else 1
-        compute = partial(compute_rows, device=device, neighbours=neighbours, **self._settings)
-        for row in compute_dealt(pending, compute, processes, watching(trainer)):
+        neighbors = processes.local_world_size() if device.type == "cpu" else 1
+        compute = partial(compute_rows, device=device, neighbors=neighbors, **self._settings)
+        for row in compute_distributed(pending, compute, processes, watching(trainer)):
             kappas[row.name] = row.kappa
         return {name: kappas[name] for name in weights}
 

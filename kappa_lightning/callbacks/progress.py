@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from tqdm.auto import tqdm
 
-from kappa_lightning.profile.dealing import Watch
+from kappa_lightning.profile.distributed import Watch
 from kappa_lightning.profile.row import KappaRow
 from kappa_lightning.weights import Weight
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kappa_lightning.metrics import IGNORED, MeanCorrect
 from kappa_lightning.probes.logits import class_logits
+from kappa_lightning.probes.metrics import IGNORED, MeanCorrect
 from kappa_lightning.probes.probe import Probe, Step
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kappa_lightning.fingerprint import fingerprint, hash_of_text
-from kappa_lightning.metrics import TokenAgreement
 from kappa_lightning.probes.distributions import describe, divergence
 from kappa_lightning.probes.logits import causal_logits
+from kappa_lightning.probes.metrics import TokenAgreement
 from kappa_lightning.probes.probe import Probe, Step
 from kappa_lightning.probes.references import References
 
@@ -27,7 +27,7 @@ _NO_REFERENCE = (
 
 
 class AgreementProbe(Probe):
-    """How far a model's next-token distributions are from those it had before fine-tuning, on unlabelled input.
+    """How far a model's next-token distributions are from those it had before fine-tuning, on unlabeled input.
 
     The metric is the agreement exp(−D), with D the mean over all tokens of the Kullback–Leibler divergence
     KL(p ‖ q) = Σ p ln(p/q), in nats, of the present distribution q from the pretrained model's own p. Before the first

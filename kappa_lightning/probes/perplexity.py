@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kappa_lightning.metrics import IGNORED, TokenPerplexity
 from kappa_lightning.probes.logits import causal_logits
+from kappa_lightning.probes.metrics import IGNORED, TokenPerplexity
 from kappa_lightning.probes.probe import Probe, Step
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.row import EXPERTS, KappaRow
-from kappa_lightning.profile.together import Crew, decompose_together
+from kappa_lightning.profile.threads import Crew, decompose_threaded
 from kappa_lightning.spectra import Spectrum, free_memory, spectrum
 from kappa_lightning.weights import Weight
 
@@ -32,7 +32,7 @@ def compute_rows(
     experts: str = "mean",
     journal: Journal | None = None,
     memory_budget: int | None = None,
-    neighbours: int = 1,
+    neighbors: int = 1,
 ) -> Generator[KappaRow, None, None]:
     """Decompose weights, a batch at a time; the rows come in the order in which they are finished.
 
@@ -51,7 +51,7 @@ def compute_rows(
         journal: keeps finished rows, and knows those of an interrupted pass.
         memory_budget: bytes of working memory, by default a quarter of what is free on a CPU and half on a GPU. One
             tensor at a time is worked on whatever it needs.
-        neighbours: how many processes share the memory of this machine, if they do the same now: by default each takes
+        neighbors: how many processes share the memory of this machine, if they do the same now: by default each takes
             its part of the quarter on a CPU.
 
     Raises:
@@ -65,14 +65,14 @@ def compute_rows(
         # For the tensors in work, and as much again for the work on them.
         memory = free_memory(target) // 4 if memory is None else max(1, memory // 2)
     elif target is not None and memory is None:
-        memory = max(1, free_memory(target) // 4 // neighbours)
+        memory = max(1, free_memory(target) // 4 // neighbors)
     decompose = partial(spectrum, solver=solver, rtol=rtol, memory_budget=memory)
     finish = partial(_finish, decompose=decompose, experts=experts, journal=journal)
     if target is not None and target.type == "cpu" and memory is not None:
         crew = Crew.of(weights, torch.get_num_threads(), memory)
         if crew.shared:
             share = partial(decompose, memory_budget=max(1, memory // crew.workers))
-            yield from _finish_together(crew, target, decompose=share, experts=experts, journal=journal)
+            yield from _finish_threaded(crew, target, decompose=share, experts=experts, journal=journal)
         weights = crew.alone
     for batch, tensors in _loaded(_batches(weights, target, memory), target):
         yield from finish(batch, tensors)
@@ -111,7 +111,7 @@ def _finish(
         start += len(view)
 
 
-def _finish_together(
+def _finish_threaded(
     crew: Crew, device: torch.device, *, decompose: Decompose, experts: str, journal: Journal | None
 ) -> Iterator[KappaRow]:
     """The rows of a crew's shared weights, from the journal where it has them."""
@@ -126,7 +126,7 @@ def _finish_together(
                 return None
         return tensor
 
-    together = decompose_together(crew, read, decompose, fingerprint)
+    together = decompose_threaded(crew, read, decompose, fingerprint)
     # Closed at once, whatever ends this: until then the workers run, and the threads are not put back.
     with contextlib.closing(together):
         for done in together:

@@ -20,7 +20,7 @@ class Journal:
     other settings the file is started anew. A line that was cut off by the interruption is dropped.
 
     Of several processes each appends to a file of its own, with its rank behind the name, and knows the rows of all:
-    the next pass may deal the weights to other ranks, or to more or fewer of them.
+    the next pass may give the weights to other ranks, or to more or fewer of them.
 
     Args:
         path: the file of rank 0; its folder must exist.

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile.compute import compute_rows
-from kappa_lightning.profile.dealing import Watch, compute_dealt
+from kappa_lightning.profile.distributed import Watch, compute_distributed
 from kappa_lightning.profile.file import read_profile_file, write_profile_file
 from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.mismatch import fused_experts
@@ -27,9 +27,8 @@ from kappa_lightning.weights import (
     Weight,
     checkpoint_weights,
     find_weights,
+    included,
     match_names,
-    plain_parameters,
-    tied_names,
 )
 from kappa_lightning.weights.names import plain_name
 
@@ -100,7 +99,7 @@ class KappaProfile:
                 needs.
 
         Raises:
-            TypeError: if a weight is quantised and cannot be read.
+            TypeError: if a weight is quantized and cannot be read.
             ValueError: if a pattern matches no parameter, no matrix is left, or a weight has NaN or infinite entries
                 (the message names it).
         """
@@ -158,7 +157,7 @@ class KappaProfile:
 
         Raises:
             FileNotFoundError: if there is no such file or cached model, or a shard is missing.
-            ValueError: as in :meth:`from_model`, or if the file is corrupt, foreign or quantised.
+            ValueError: as in :meth:`from_model`, or if the file is corrupt, foreign or quantized.
         """
         weights = checkpoint_weights(path)
         names = [weight.name for weight in weights]
@@ -219,14 +218,14 @@ class KappaProfile:
         journal: Journal | None = None
         with processes.failing_together():
             here = save_to is not None and Path(save_to).parent.is_dir()
-            if save_to is not None and not here and processes.is_first:
+            if save_to is not None and not here and processes.is_global_zero:
                 raise FileNotFoundError(
                     f"the profile cannot be saved to {save_to}: there is no folder {Path(save_to).parent}"
                 )
             if save_to is not None and here:  # on other nodes than the first the folder may not be there
                 journal = Journal(f"{os.fspath(save_to)}.partial", settings, rank=processes.rank)
 
-        neighbours = processes.on_this_machine()
+        neighbors = processes.local_world_size()
 
         def compute(share: Sequence[Weight]) -> Generator[KappaRow, None, None]:
             return compute_rows(
@@ -237,13 +236,13 @@ class KappaProfile:
                 experts=experts,
                 journal=journal,
                 memory_budget=memory_budget,
-                neighbours=neighbours,
+                neighbors=neighbors,
             )
 
-        finished = {row.name: row for row in compute_dealt(weights, compute, processes, watch)}
+        finished = {row.name: row for row in compute_distributed(weights, compute, processes, watch)}
         profile = cls((finished[weight.name] for weight in weights), solver=solver, rtol=rtol, experts=experts)
         with processes.failing_together():
-            if save_to is not None and processes.is_first:
+            if save_to is not None and processes.is_global_zero:
                 profile.save(save_to)
         if journal is not None:
             journal.remove()
@@ -399,16 +398,6 @@ class KappaProfile:
         finite = [row.kappa for row in self if math.isfinite(row.kappa)]
         span = f", κ {min(finite):.3g} to {max(finite):.3g}" if finite else ""
         return f"KappaProfile({len(self)} tensors{span})"
-
-
-def included(
-    weights: Sequence[Weight], module: nn.Module, include: Sequence[str], exclude: Sequence[str]
-) -> list[Weight]:
-    """Those of a module's matrices that ``include`` matches and ``exclude`` does not."""
-    names, aliases = plain_parameters(module), tied_names(module)
-    wanted = match_names(names, include, argument="include", aliases=aliases)
-    wanted -= match_names(names, exclude, argument="exclude", aliases=aliases)
-    return [weight for weight in weights if weight.name in wanted]
 
 
 def progress_bar(weights: Sequence[Weight], rows: Iterator[KappaRow]) -> Iterator[KappaRow]:

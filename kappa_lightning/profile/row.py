@@ -41,7 +41,7 @@ class KappaRow:
 
     Attributes:
         name: the parameter's name.
-        shape: the parameter's shape; of a quantised one, the shape that it stands for.
+        shape: the parameter's shape; of a quantized one, the shape that it stands for.
         kappa: condition number; of a stack, combined over its matrices, by default their mean as in PEFT.
         sigma_max: largest singular value, in the unit of the weights.
         sigma_min: smallest of the min(rows, cols) singular values.

@@ -5,7 +5,7 @@ A criterion gives each row a score, the lowest scores train first, and the budge
 
 from kappa_lightning.selection.budget import DEFAULT_TOP_P, Budget
 from kappa_lightning.selection.criteria import CRITERIA, Criterion, Matrix, Scorable, criterion_of, per_matrix, register
-from kappa_lightning.selection.gaussian import expected_log_kappa
+from kappa_lightning.selection.expected_kappa import expected_log_kappa
 from kappa_lightning.selection.ranking import GROUPINGS, check_ranking, rank, select
 
 __all__ = [

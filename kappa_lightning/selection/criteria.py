@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from kappa_lightning.information import entropy_deficit as _entropy_deficit
-from kappa_lightning.selection.gaussian import expected_log_kappa
+from kappa_lightning.selection.expected_kappa import expected_log_kappa
 
 
 class Matrix(Protocol):
@@ -181,7 +181,7 @@ def entropy_deficit(matrix: Matrix) -> float:
 def stable_rank(matrix: Matrix) -> float:
     """The share of ‖W‖_F² in the strongest direction, σ_max²/‖W‖_F², the reciprocal of the stable rank.
 
-    A low stable rank says that few directions carry the matrix, so it counts as specialised, and the highest stable
+    A low stable rank says that few directions carry the matrix, so it counts as specialized, and the highest stable
     rank trains first.
     """
     if matrix.frobenius_norm == 0:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from fractions import Fraction
 from typing import TypeVar
 
-from kappa_lightning.roles import depth_and_role
 from kappa_lightning.selection.budget import Budget
 from kappa_lightning.selection.criteria import Scorable, criterion_of
+from kappa_lightning.weights.roles import depth_and_role
 
 Row = TypeVar("Row", bound=Scorable)
 

@@ -86,7 +86,7 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     check_memory_budget(memory_budget)
     if not matrix.dtype.is_floating_point:
         raise TypeError(
-            f"singular values need a real floating dtype, got {matrix.dtype}; convert or dequantise it first"
+            f"singular values need a real floating dtype, got {matrix.dtype}; convert or dequantize it first"
         )
     if matrix.ndim < 2:
         raise ValueError(f"expected at least 2 dimensions (..., rows, cols), got shape {tuple(matrix.shape)}")

@@ -47,7 +47,7 @@ class RitzPairs:
 def bracket_prospect(recurrence: Recurrence, start: Start, tolerance: float, top: Tensor) -> tuple[Tensor, Tensor]:
     """Ask at one point whether :func:`largest_eigenvalue_interval` may succeed, at a tenth of its price.
 
-    The point is λ = (1 + tolerance)·top, and h(λ) < overlap there is what the bracket needs. One Cholesky factorisation
+    The point is λ = (1 + tolerance)·top, and h(λ) < overlap there is what the bracket needs. One Cholesky factorization
     of λ − T gives h, or says that the largest Ritz value has passed λ. Where the answer is no, ``top`` is brought
     nearer to the largest Ritz value, and the question is asked once more.
 

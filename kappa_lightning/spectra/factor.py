@@ -100,7 +100,7 @@ def gram_cholesky(gram: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
         in_place: whether its memory may be used for the factor.
 
     Returns:
-        The upper triangular factors, same shape, and whether the factorisation went through, shape (count,). Where it
+        The upper triangular factors, same shape, and whether the factorization went through, shape (count,). Where it
         did not, R is the identity.
     """
     # As the lower factor of the transpose, which LAPACK computes a quarter faster from the same entries.
@@ -220,7 +220,7 @@ def _inverse_of(upper: Tensor) -> Operator:
 
 
 def fill_pivots(factor: Tensor) -> None:
-    """Move pivots near zero, which would stop the solves, by eps·max|R|: less than the factorisation's own rounding."""
+    """Move pivots near zero, which would stop the solves, by eps·max|R|: less than the factorization's own rounding."""
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     largest = torch.maximum(factor.amax((-2, -1)), -factor.amin((-2, -1)))
     floor = torch.finfo(factor.dtype).eps * largest[:, None]

@@ -281,7 +281,7 @@ def _ends_by_lanczos(
         # What is left depends on how well the top was measured, so that this run is measured with another block.
         probe_seed=_BOTTOM_PROBE_SEED,
     )
-    # One more step of inverse iteration takes away most of what Lanczos has left between neighbours at this end.
+    # One more step of inverse iteration takes away most of what Lanczos has left between neighbors at this end.
     bottom = factor.inverse(smallest.ritz_vectors(PROBED)) if refined else smallest.basis[:, :0]
     return _Ends(
         largest.ritz.sqrt(),

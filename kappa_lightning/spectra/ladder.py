@@ -129,7 +129,7 @@ def climb(matrices: TallMatrices, members: Sequence[int], plan: Plan, rtol: floa
     """Work the given members up the ladder; the others get the values of a zero matrix.
 
     The host waits for a GPU once a rung, to learn which members go on, and within a chunk a number of times that does
-    not depend on the number of members: after the factorisation, each time its error is measured, when a run of Lanczos
+    not depend on the number of members: after the factorization, each time its error is measured, when a run of Lanczos
     starts, after those of its steps that may be enough, and to ask whether any of them failed to settle.
     """
     values = Values.empty(matrices.count, matrices.entries.device)
@@ -137,7 +137,7 @@ def climb(matrices: TallMatrices, members: Sequence[int], plan: Plan, rtol: floa
     for rung in plan.rungs:
         for first in range(0, len(pending), plan.members):
             chunk = pending[first : first + plan.members]
-            # Neighbours are taken as a view; picking them by index would copy them.
+            # Neighbors are taken as a view; picking them by index would copy them.
             run = chunk[-1] - chunk[0] + 1 == len(chunk)
             where = slice(chunk[0], chunk[-1] + 1) if run else torch.tensor(chunk, device=matrices.entries.device)
             values.write(where, take_rung(rung, matrices.take(where), plan, rtol))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 PROBED = 8
-"""Directions at each end of a spectrum: with several, the nearest neighbours of an extreme value do no harm."""
+"""Directions at each end of a spectrum: with several, the nearest neighbors of an extreme value do no harm."""
 
 
 def extreme_ritz_values(

@@ -28,7 +28,7 @@ class DDPAdapter(StrategyAdapter):
     @override
     def share(self, trainer: pl.Trainer) -> Share:
         processes = self.processes(trainer)
-        return Share(processes.rank, processes.count)
+        return Share(processes.rank, processes.world_size)
 
     @override
     def requires_grad_changed(self, trainer: pl.Trainer) -> None:

@@ -2,12 +2,13 @@
 
 A parameter is a *matrix* if it is the weight of a Linear, Embedding or Conv layer, or any other parameter in which at
 least two dimensions are larger than one (fused experts, attention projections that are bare parameters, position
-embeddings). Everything else is a *vector*: biases, the parameters of normalisation layers, gains, class tokens.
+embeddings). Everything else is a *vector*: biases, the parameters of normalization layers, gains, class tokens.
 """
 
 from kappa_lightning.weights.checkpoint import checkpoint_weights
 from kappa_lightning.weights.model import find_weights
-from kappa_lightning.weights.names import match_names, plain_parameters, tied_names
+from kappa_lightning.weights.names import plain_parameters, tied_names
+from kappa_lightning.weights.patterns import included, match_names
 from kappa_lightning.weights.weight import Weight
 
-__all__ = ["Weight", "checkpoint_weights", "find_weights", "match_names", "plain_parameters", "tied_names"]
+__all__ = ["Weight", "checkpoint_weights", "find_weights", "included", "match_names", "plain_parameters", "tied_names"]

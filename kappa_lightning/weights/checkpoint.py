@@ -34,7 +34,7 @@ def checkpoint_weights(path: str | os.PathLike[str]) -> list[Weight]:
 
     Raises:
         FileNotFoundError: if there is no such file and no such model in the cache, or a shard is missing.
-        ValueError: if the file is corrupt, of an unknown kind, holds no matrix, or holds quantised weights, or a shard
+        ValueError: if the file is corrupt, of an unknown kind, holds no matrix, or holds quantized weights, or a shard
             lacks a tensor that the index places there.
     """
     source = Path(path)
@@ -136,9 +136,9 @@ def _weight(
     read: Callable[[], Tensor],
     names: set[str],
 ) -> Iterator[Weight]:
-    if _is_quantised(name, shape, dtype, names):
+    if _is_quantized(name, shape, dtype, names):
         raise ValueError(
-            f"{name} in {file} is stored as {dtype or 'an unknown type'}, quantised: load the model with its library "
+            f"{name} in {file} is stored as {dtype or 'an unknown type'}, quantized: load the model with its library "
             "and use KappaProfile.from_model"
         )
     # A weight of two dimensions is a Linear's or an Embedding's, even if one of them is 1.
@@ -149,7 +149,7 @@ def _weight(
     yield Weight(plain_name(name), shape, dtype, read, view)
 
 
-def _is_quantised(name: str, shape: tuple[int, ...], dtype: torch.dtype | None, names: set[str]) -> bool:
+def _is_quantized(name: str, shape: tuple[int, ...], dtype: torch.dtype | None, names: set[str]) -> bool:
     """Whether a tensor holds codes: 8-bit integers, an integer weight, or numbers with a scale of their own."""
     if len(shape) < 2 or dtype in (torch.bool, torch.complex64, torch.complex128):
         return False

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
 from kappa_lightning.weights.names import plain_name
-from kappa_lightning.weights.quantised import dequantise, is_quantised, logical_shape
+from kappa_lightning.weights.quantized import dequantize, is_quantized, logical_shape
 from kappa_lightning.weights.sharded import is_sharded, whole
 from kappa_lightning.weights.weight import (
     View,
@@ -33,7 +33,7 @@ _MATRIX_LAYERS = (nn.Linear, nn.Embedding, nn.EmbeddingBag, _ConvNd)
 def find_weights(module: nn.Module) -> list[Weight]:
     """All matrices of a module, tied ones once under their first name, in the order of ``named_parameters()``.
 
-    A parametrised weight (``torch.nn.utils.parametrize``) is read as the layer uses it, under the name of the
+    A parametrized weight (``torch.nn.utils.parametrize``) is read as the layer uses it, under the name of the
     parameter that it is made from. One that is sharded over processes is read whole, which they must do together.
 
     Args:
@@ -54,9 +54,9 @@ def _weights(module: nn.Module, layers: dict[str, nn.Module]) -> Iterator[Weight
         owner, _, attribute = stored_name.rpartition(".")
         layer = layers[owner]
         if isinstance(layer, ParametrizationList):
-            made = _parametrised(owner, layer, layers)
+            made = _parametrized(owner, layer, layers)
         elif (hook := _weight_norm(layer, attribute)) is not None:
-            made = _weight_normalised(owner, layer, hook)
+            made = _weight_normalized(owner, layer, hook)
         else:
             made = None
             if _is_matrix(attribute, parameter, layer):
@@ -68,13 +68,13 @@ def _weights(module: nn.Module, layers: dict[str, nn.Module]) -> Iterator[Weight
             yield made
 
 
-def _parametrised(owner: str, stored: ParametrizationList, layers: dict[str, nn.Module]) -> Weight | None:
-    """The weight that a parametrisation makes, under the name of its largest original."""
+def _parametrized(owner: str, stored: ParametrizationList, layers: dict[str, nn.Module]) -> Weight | None:
+    """The weight that a parametrization makes, under the name of its largest original."""
     layer_name, _, attribute = owner.rpartition("parametrizations.")
     layer = layers[layer_name.rstrip(".")]
 
     def read() -> Tensor:
-        # In training mode some parametrisations, such as spectral normalisation, change their buffers when read.
+        # In training mode some parametrizations, such as spectral normalization, change their buffers when read.
         modes = {submodule: submodule.training for submodule in stored.modules()}
         stored.eval()
         try:
@@ -101,7 +101,7 @@ def _weight_norm(layer: nn.Module, attribute: str) -> WeightNorm | None:
     return next((hook for hook in hooks if attribute in (f"{hook.name}_g", f"{hook.name}_v")), None)
 
 
-def _weight_normalised(owner: str, layer: nn.Module, hook: WeightNorm) -> Weight | None:
+def _weight_normalized(owner: str, layer: nn.Module, hook: WeightNorm) -> Weight | None:
     def read() -> Tensor:
         with torch.no_grad():
             return hook.compute_weight(layer).detach()  # type: ignore[no-any-return]
@@ -136,8 +136,8 @@ def _read(name: str, parameter: nn.Parameter, layer: nn.Module) -> Tensor:
         raise ValueError(f"{name} belongs to a lazy layer and has no shape yet: run a batch through it first")
     if parameter.is_meta:
         raise ValueError(_META.format(name=name))
-    if is_quantised(parameter):
-        return dequantise(name, parameter, layer)
+    if is_quantized(parameter):
+        return dequantize(name, parameter, layer)
     return whole(parameter.detach())
 
 

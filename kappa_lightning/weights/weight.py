@@ -20,13 +20,13 @@ class Weight:
     Attributes:
         name: the name that ``named_parameters()`` gives it, without the prefix of ``torch.compile``; of a tied
             weight, the first one; in a checkpoint, the name there.
-        shape: its shape; of a quantised weight, the shape that it stands for.
+        shape: its shape; of a quantized weight, the shape that it stands for.
         dtype: its stored precision.
-        read: returns the whole tensor, dequantised if need be, and collected from all processes if it is sharded.
+        read: returns the whole tensor, dequantized if need be, and collected from all processes if it is sharded.
         view: turns that tensor into matrices.
         parameter: the parameter, if the weight is a model's.
-        companions: the names of further parameters that the weight is made from, where it is parametrised.
-        is_made: whether it is parametrised, so that reading it computes it.
+        companions: the names of further parameters that the weight is made from, where it is parametrized.
+        is_made: whether it is parametrized, so that reading it computes it.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Weight:
             Shape (count, rows, cols), where the weight is; a view of its storage where strides allow.
 
         Raises:
-            TypeError: if the weight is quantised in a way that cannot be read.
+            TypeError: if the weight is quantized in a way that cannot be read.
             ValueError: if it has no values yet (a meta tensor or the parameter of a lazy layer).
         """
         return self.view(self.read())

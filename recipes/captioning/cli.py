@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from recipes.captioning.data import CaptionData
-from recipes.generative.module import GenerativeModule
+from recipes.shared.module import GenerativeModule
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 

@@ -12,11 +12,11 @@ from kappa_lightning import Probe
 from recipes.captioning.data import SCENES, CaptionData
 from recipes.captioning.probes import CaptionPerplexity, OldVision
 from recipes.captioning.scenes import DESCRIBE
-from recipes.generative.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
-from recipes.generative.comparison import Result, run, show
-from recipes.generative.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
-from recipes.generative.small_models import SMALL_LLAVA
 from recipes.image_text import tensorboard
+from recipes.shared.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
+from recipes.shared.comparison import Result, run, show
+from recipes.shared.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
+from recipes.shared.small_models import SMALL_LLAVA
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

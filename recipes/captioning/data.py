@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from recipes.captioning.scenes import DESCRIBE, random_scene
-from recipes.generative.encoding import Encoder, Sample
-from recipes.generative.module import load_encoder
+from recipes.shared.encoding import Encoder, Sample
+from recipes.shared.module import load_encoder
 
 SCENES = "scenes"
 """The data that needs no file: pictures drawn with Pillow."""
@@ -235,7 +235,7 @@ class CaptionData(pl.LightningDataModule):
         self.train_images, self.test_images = self._split()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches, as :class:`~recipes.generative.encoding.Encoder` makes them."""
+        """Shuffled batches, as :class:`~recipes.shared.encoding.Encoder` makes them."""
         return self._loader(self.train_images, shuffle=True, drop_last=len(self.train_images) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:

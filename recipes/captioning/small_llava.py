@@ -32,10 +32,10 @@ from recipes.captioning.scenes import (
     random_single,
     words,
 )
-from recipes.generative.encoding import Encoder, Sample
-from recipes.generative.pretraining import Schooling, cached, school, settings_of
-from recipes.generative.small_llama import language_config
-from recipes.generative.world import facts, word_tokenizer
+from recipes.shared.encoding import Encoder, Sample
+from recipes.shared.pretraining import Schooling, cached, school, settings_of
+from recipes.shared.small_llama import language_config
+from recipes.shared.world import facts, word_tokenizer
 
 IMAGE = "<image>"
 PATCH = CORNER

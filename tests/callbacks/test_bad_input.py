@@ -129,8 +129,8 @@ def test_more_tensors_than_there_are_is_an_error(tmp_path: Path) -> None:
     _refused(tmp_path, TinyNet(), ValueError, "num_tensors=9.*4", KappaFreezeCallback(num_tensors=9))
 
 
-class Quantised(TinyNet):
-    """A TinyNet with an int8 matrix, as weight-only quantisation stores it."""
+class Quantized(TinyNet):
+    """A TinyNet with an int8 matrix, as weight-only quantization stores it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,20 +139,20 @@ class Quantised(TinyNet):
 
 def test_always_train_that_matches_a_non_float_parameter_names_it(tmp_path: Path) -> None:
     callback = KappaFreezeCallback(always_train=["head.*", "code*"])
-    _refused(tmp_path, Quantised(), TypeError, "codes.*int8", callback)
+    _refused(tmp_path, Quantized(), TypeError, "codes.*int8", callback)
 
 
-def test_frozen_quantised_weight_is_no_candidate_and_does_not_disturb(tmp_path: Path) -> None:
-    module, callback = Quantised(), KappaFreezeCallback(top_p=1.0)
+def test_frozen_quantized_weight_is_no_candidate_and_does_not_disturb(tmp_path: Path) -> None:
+    module, callback = Quantized(), KappaFreezeCallback(top_p=1.0)
     fit(tmp_path, module, callback)
     assert trainable(module) == list(TinyNet.MATRICES)
     assert "codes" in callback.frozen_names
 
 
-def test_quantised_weight_that_cannot_be_read_is_named() -> None:
+def test_quantized_weight_that_cannot_be_read_is_named() -> None:
     with pytest.raises(TypeError, match=r"codes.*int8"):
-        KappaProfile.from_model(Quantised(), progress=False)
-    assert len(KappaProfile.from_model(Quantised(), exclude=["codes"], progress=False)) == 4
+        KappaProfile.from_model(Quantized(), progress=False)
+    assert len(KappaProfile.from_model(Quantized(), exclude=["codes"], progress=False)) == 4
 
 
 # Freeze: the checkpoint

@@ -35,8 +35,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import kappa_lightning.callbacks.monitor
 from kappa_lightning import AccuracyProbe, ForgettingEval, KappaFreezeCallback, KappaMonitor, KappaProfile, Probe
-from kappa_lightning.metrics import TokenPerplexity
 from kappa_lightning.probes import SimilarityProbe
+from kappa_lightning.probes.metrics import TokenPerplexity
 from kappa_lightning.profile.compute import compute_rows
 
 
@@ -502,7 +502,7 @@ class Product(nn.Module):
         return torch.cat((weight, weight.new_zeros(rows, 1)), 1), torch.eye(cols + 1, cols)
 
 
-def _normalised_by_hook(layer: nn.Module) -> None:
+def _normalized_by_hook(layer: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.nn.utils.weight_norm(layer)
@@ -510,7 +510,7 @@ def _normalised_by_hook(layer: nn.Module) -> None:
 
 MADE: dict[str, tuple[Callable[[nn.Module], Any], set[str]]] = {
     "weight_norm": (parametrizations.weight_norm, {f"parametrizations.weight.original{i}" for i in (0, 1)}),
-    "weight_norm by hook": (_normalised_by_hook, {"weight_g", "weight_v"}),
+    "weight_norm by hook": (_normalized_by_hook, {"weight_g", "weight_v"}),
     "product": (
         lambda layer: parametrize.register_parametrization(layer, "weight", Product()),
         {f"parametrizations.weight.original{i}" for i in (0, 1)},

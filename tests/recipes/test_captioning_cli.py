@@ -11,9 +11,9 @@ import recipes.captioning.small_llava
 from recipes.captioning.__main__ import main
 from recipes.captioning.cli import lightning_cli
 from recipes.captioning.compare import compare, parse
-from recipes.generative import small_models
-from recipes.generative.arguments import settings_from
-from recipes.generative.pretraining import Schooling
+from recipes.shared import small_models
+from recipes.shared.arguments import settings_from
+from recipes.shared.pretraining import Schooling
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 BRIEF = Schooling(steps=40, facts=32, samples=8, lr=3e-3)

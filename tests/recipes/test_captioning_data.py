@@ -16,7 +16,7 @@ def folder_of(tmp_path, *lines):
     return tmp_path
 
 
-def test_folder_gives_its_images_in_colour_with_their_captions(tmp_path):
+def test_folder_gives_its_images_in_color_with_their_captions(tmp_path):
     lines = [json.dumps({"image": name, "caption": f" a {name} "}) for name in ("a.png", "grey.png")]
     images = CaptionedImages(folder_of(tmp_path, *lines, ""), prompt="what is it ?")
     assert [sample.answer for sample in images] == ["a a.png", "a grey.png"]

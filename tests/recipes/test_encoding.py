@@ -4,7 +4,7 @@ from families import FAMILIES, image_processor, make, tokenizer_of
 from PIL import Image
 from transformers import AutoProcessor, Gemma3Processor
 
-from recipes.generative.encoding import SHOWN_EDGE, Encoder, Sample, prompt_of
+from recipes.shared.encoding import SHOWN_EDGE, Encoder, Sample, prompt_of
 
 PICTURES = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 20), "blue")
 SAMPLES = [

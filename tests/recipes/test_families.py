@@ -4,10 +4,10 @@ from families import FAMILIES, PROJECTORS, data_of, fit, make
 from transformers import Pix2StructConfig, Pix2StructForConditionalGeneration
 
 from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaProfile
-from recipes.generative.comparison import low_kappa
-from recipes.generative.module import GenerativeModule
-from recipes.generative.probes import TextAgreement, TextPerplexity
-from recipes.generative.towers import parts_of
+from recipes.shared.comparison import low_kappa
+from recipes.shared.module import GenerativeModule
+from recipes.shared.probes import TextAgreement, TextPerplexity
+from recipes.shared.towers import parts_of
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

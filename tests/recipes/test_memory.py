@@ -9,8 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
 from kappa_lightning import KappaFreezeCallback
-from recipes.generative.memory import PeakMemory, SavedTensors
-from recipes.generative.module import GenerativeModule
+from recipes.shared.memory import PeakMemory, SavedTensors
+from recipes.shared.module import GenerativeModule
 
 
 def saved(model, x):

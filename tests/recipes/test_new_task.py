@@ -5,12 +5,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes import new_task
-from recipes.generative import small_models
-from recipes.generative.encoding import Encoder
-from recipes.generative.module import GenerativeModule
-from recipes.generative.pretraining import Schooling
-from recipes.generative.world import NUMBERS, facts, word_tokenizer
 from recipes.new_task import read_answers, sorting_samples
+from recipes.shared import small_models
+from recipes.shared.encoding import Encoder
+from recipes.shared.module import GenerativeModule
+from recipes.shared.pretraining import Schooling
+from recipes.shared.world import NUMBERS, facts, word_tokenizer
 
 VALUES = {word: value for value, word in enumerate(NUMBERS)}
 
@@ -40,7 +40,7 @@ def test_facts_are_true_where_arithmetic_can_tell():
     assert len({fact.prompt for fact in facts()}) == len(facts())
 
 
-def test_text_answers_are_all_that_is_labelled():
+def test_text_answers_are_all_that_is_labeled():
     encoder = Encoder(word_tokenizer(["sort two one zero :"]))
     sample = new_task.Sample("sort two one :", "one two")
     short = new_task.Sample("sort one :", "one")
@@ -50,8 +50,8 @@ def test_text_answers_are_all_that_is_labelled():
         ["sort", "two", "one", ":", "one", "two", "</s>"],
         ["<pad>", "sort", "one", ":", "one", "</s>", "<pad>"],
     ]
-    labelled = batch["inputs"]["labels"] != -100
-    assert labelled.tolist() == [[False] * 4 + [True] * 3, [False] * 4 + [True] * 2 + [False]]
+    labeled = batch["inputs"]["labels"] != -100
+    assert labeled.tolist() == [[False] * 4 + [True] * 3, [False] * 4 + [True] * 2 + [False]]
 
 
 @pytest.mark.parametrize("line", ["no json", '{"prompt": "a"}', '{"prompt": "a", "answer": 3}'])

@@ -19,25 +19,25 @@ from recipes.captioning.small_llava import draw_question
 
 
 def groups_of(caption):
-    """(colour, form) of both groups of a caption."""
+    """(color, form) of both groups of a caption."""
     tokens = caption.split()
     return [tuple(tokens[at + 2 : at + 4]) for at in (0, 5)]
 
 
-@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("color", COLOURS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_picture_shows_the_count_and_the_colour_in_the_corner_that_the_caption_names(colour, count):
+def test_picture_shows_the_count_and_the_color_in_the_corner_that_the_caption_names(color, count):
     for corner, place in enumerate(CORNERS):
         groups = [None] * 4
-        groups[corner] = Group(count, colour, "square")
+        groups[corner] = Group(count, color, "square")
         picture = Picture(tuple(groups))
         pixels = np.asarray(picture.draw(random.Random(corner))).astype(int)
-        coloured = np.abs(pixels - np.array(COLOURS[colour])).sum(-1) < 30
-        cells = coloured.reshape(4, CELL, 4, CELL).any(axis=(1, 3))
+        colored = np.abs(pixels - np.array(COLOURS[color])).sum(-1) < 30
+        cells = colored.reshape(4, CELL, 4, CELL).any(axis=(1, 3))
         assert cells.sum() == count
         rows, columns = np.nonzero(cells)
         assert {CORNERS[row // 2 * 2 + column // 2] for row, column in zip(rows, columns, strict=True)} == {place}
-        assert picture.caption.startswith(f"{place} {colour} square {('once', 'twice', 'thrice')[count - 1]}")
+        assert picture.caption.startswith(f"{place} {color} square {('once', 'twice', 'thrice')[count - 1]}")
 
 
 def test_forms_look_different():

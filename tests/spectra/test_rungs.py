@@ -18,7 +18,7 @@ from kappa_lightning.spectra.factor import (
 )
 from kappa_lightning.spectra.gaussian import Start, gaussian_block
 from kappa_lightning.spectra.ladder import Plan, choose_rungs, climb, make_plan, take_rung
-from kappa_lightning.spectra.lanczos import _orthonormalise, largest_eigenvalue
+from kappa_lightning.spectra.lanczos import _orthonormalize, largest_eigenvalue
 from kappa_lightning.spectra.recurrence import Recurrence
 from kappa_lightning.spectra.scaling import TallMatrices
 
@@ -91,7 +91,7 @@ def test_measured_backward_error_bounds_the_true_one(family, dtype):
 
 
 def test_a_wrong_factor_is_found_out():
-    """The bound is a measurement: it does not trust the factorisation that it judges."""
+    """The bound is a measurement: it does not trust the factorization that it judges."""
     matrices = tall(torch.randn(1, 200, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     factor = qr_factor(matrices, 64)
     assert compare(lambda: matrices.row_blocks(torch.float64, 64), triangular_factor(factor)).error < 1e-10
@@ -248,7 +248,7 @@ def test_a_block_is_orthonormal_with_two_passes_or_three(may_ask, rank, dtype, c
     )
     image = image + 1e-4 * close * torch.randn(image.shape, generator=generator, dtype=torch.float64)
     image = (image - image @ spanned.mT.double() @ spanned.double()).to(dtype)
-    block, coupling = _orthonormalise(image, spanned, may_ask)
+    block, coupling = _orthonormalize(image, spanned, may_ask)
     identity = torch.eye(16, dtype=dtype).expand(2, -1, -1)
     torch.testing.assert_close(block @ block.mT, identity, rtol=0, atol=close)
     assert (block @ spanned.mT).abs().max() < close

@@ -243,7 +243,7 @@ def test_step_that_fails_on_one_process_stops_all_with_its_name(tmp_path: Path) 
     assert "ArithmeticError: no such token" in of_second
 
 
-def unsynchronised() -> Probe:
+def unsynchronized() -> Probe:
     return Probe(
         DataLoader(data(), batch_size=5), Mean(sync_on_compute=False), lambda module, batch: module.loss(batch)
     )
@@ -251,8 +251,8 @@ def unsynchronised() -> Probe:
 
 def test_metric_that_must_not_be_added_up_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match="Mean has sync_on_compute=False"):
-        on_ranks(evaluate_with, "ddp", tmp_path, unsynchronised)
-    assert len(on_ranks(evaluate_with, "one", tmp_path, unsynchronised, ranks=1)[0]) == 2
+        on_ranks(evaluate_with, "ddp", tmp_path, unsynchronized)
+    assert len(on_ranks(evaluate_with, "one", tmp_path, unsynchronized, ranks=1)[0]) == 2
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

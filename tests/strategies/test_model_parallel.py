@@ -16,7 +16,7 @@ from script import STRATEGIES, Net, data, probes
 from tiny import Spy, make_trainer, numpy_kappa, numpy_ranking, trainable
 from torch.distributed.tensor import DTensor
 
-import kappa_lightning.profile.dealing
+import kappa_lightning.profile.distributed
 from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, KappaProfile
 from kappa_lightning.weights.sharded import whole
 
@@ -36,7 +36,7 @@ def count_whole_tensors(name: str, root: Path) -> tuple[list[int], int]:
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     counts: list[int] = []
     gathered: list[Any] = []
-    collect, full_tensor = kappa_lightning.profile.dealing.collect, DTensor.full_tensor
+    collect, full_tensor = kappa_lightning.profile.distributed.collect, DTensor.full_tensor
 
     def counting(*arguments: Any) -> torch.Tensor | None:
         copy = collect(*arguments)
@@ -49,7 +49,7 @@ def count_whole_tensors(name: str, root: Path) -> tuple[list[int], int]:
         gathered.append(tensor.shape)
         return full_tensor(tensor, **options)
 
-    kappa_lightning.profile.dealing.collect = counting
+    kappa_lightning.profile.distributed.collect = counting
     DTensor.full_tensor = on_all
     fit(name, root, KappaFreezeCallback(num_tensors=2), KappaMonitor(tensors="all"))
     return counts, len(gathered)
@@ -156,7 +156,7 @@ def test_summary_counts_the_whole_tensors_that_train(tmp_path: Path) -> None:
     assert on_ranks(summary, tmp_path) == [expected, expected]
 
 
-class Parametrised(Net):
+class Parametrized(Net):
     """One layer is made from others that are sharded."""
 
     def __init__(self, kind: str) -> None:
@@ -169,9 +169,9 @@ class Parametrised(Net):
         make(self.up)
 
 
-def profile_parametrised(name: str, root: Path, kind: str) -> dict[str, float]:
+def profile_parametrized(name: str, root: Path, kind: str) -> dict[str, float]:
     devices, make = STRATEGIES[name]
-    freeze, module = KappaFreezeCallback(num_tensors=2), Parametrised(kind)
+    freeze, module = KappaFreezeCallback(num_tensors=2), Parametrized(kind)
     trainer = make_trainer(root, freeze, strategy=make(), devices=devices, use_distributed_sampler=False)
     trainer.fit(module)
     return {row.name: row.kappa for row in freeze.profile}
@@ -179,8 +179,8 @@ def profile_parametrised(name: str, root: Path, kind: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["spectral", "orthogonal", "weight"])
 def test_weights_made_from_sharded_ones_are_read_as_they_are_on_one_process(tmp_path: Path, kind: str) -> None:
-    (one,) = on_ranks(profile_parametrised, "one", tmp_path, kind, ranks=1)
-    for many in on_ranks(profile_parametrised, "fsdp2", tmp_path, kind):
+    (one,) = on_ranks(profile_parametrized, "one", tmp_path, kind, ranks=1)
+    for many in on_ranks(profile_parametrized, "fsdp2", tmp_path, kind):
         assert many == pytest.approx(one, rel=1e-9)
 
 
