@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from kappa_lightning import KappaProfile
+from kappa_lightning.files import write_text
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.spectra import spectrum
 
@@ -410,7 +411,7 @@ def main() -> None:
         tables.append("\n".join(table))
         print(tables[-1], end="\n\n", flush=True)
     if arguments.output:
-        arguments.output.write_text("\n\n".join(tables) + "\n")
+        write_text(arguments.output, "\n\n".join(tables) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from kappa_lightning.figures import profile_figure
 from kappa_lightning.profile import KappaProfile, KappaRow
-from kappa_lightning.profile.row import EXPERTS
+from kappa_lightning.profile.settings import EXPERTS
 from kappa_lightning.selection import CRITERIA, DEFAULT_TOP_P, GROUPINGS, Budget, criterion_of, rank, select
 from kappa_lightning.spectra import SOLVERS
 from kappa_lightning.tables import format_kappa

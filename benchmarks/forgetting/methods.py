@@ -136,7 +136,7 @@ def _lora_kappa(
     module: pl.LightningModule, task: Task, candidates: Sequence[Weight], limit: int, strength: float
 ) -> list[pl.Callback]:
     layers = [weight for weight in candidates if isinstance(_layer(module, weight), nn.Linear | nn.Conv2d)]
-    profile = KappaProfile.from_weights(layers, device=None, solver="auto", rtol=1e-3)
+    profile = KappaProfile.from_weights(layers)
     chosen = set(profile.select(max_params=limit))
     _add_lora(module, task, [weight for weight in layers if weight.name in chosen], limit)
     return []
@@ -166,7 +166,7 @@ def _osf(
 
 
 def _soft(module: pl.LightningModule, task: Task, candidates: Sequence[Weight], name: str) -> list[pl.Callback]:
-    profile = KappaProfile.from_weights(candidates, device=None, solver="auto", rtol=1e-3)
+    profile = KappaProfile.from_weights(candidates)
     lengths = step_lengths(profile, name)
     _train_only(module, set(lengths) | _new(module, task))
     return [StepLengths(lengths)]

@@ -24,6 +24,7 @@ from benchmarks.forgetting.statistics import (
     sign_flip,
 )
 from benchmarks.forgetting.sweep import Sweep, tuning_loss
+from kappa_lightning.files import write_text
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def write_report(sweep: Sweep, settings: Settings, folder: Path, name: str) -> s
     _write_readings(readings, folder / f"{name}-retention.csv")
     levels = [markdown(sweep, read_off(sweep, level)) for level in settings.levels]
     table = "\n\n".join([baselines(sweep), *levels, learning_rates(sweep, settings.level)])
-    (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+    write_text(folder / f"{name}.md", table + "\n")
     curves_figure(sweep, title=f"{settings.task}, budget {settings.budget:g}").savefig(folder / f"{name}.png")
     return table
 

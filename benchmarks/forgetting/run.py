@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +23,7 @@ from benchmarks.forgetting.state import save_state
 from benchmarks.forgetting.task import LOSS, TASKS
 from kappa_lightning import ForgettingEval, Probe
 from kappa_lightning.callbacks.evaluation import evaluate
+from kappa_lightning.files import write_text
 
 BLENDS = 10
 """Steps on the line from the pretrained to the trained weights along which ``wise_ft`` walks."""
@@ -88,11 +87,7 @@ class Run:
     def save(self, folder: Path) -> None:
         """Write the run to its file, atomically."""
         folder.mkdir(parents=True, exist_ok=True)
-        target = self.plan.file(folder)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=folder)
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(self) | {"torch": torch.__version__}, file, indent=1)
-        os.replace(temporary, target)
+        write_text(self.plan.file(folder), json.dumps(asdict(self) | {"torch": torch.__version__}, indent=1))
 
     @classmethod
     def load(cls, plan: Plan, folder: Path) -> Run | None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kappa_lightning.files import replacing
+
 
 def save_state(state: Mapping[str, Tensor], file: Path) -> None:
     """Write tensors so that whoever reads the file meanwhile sees a whole one or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    with open(handle, "wb") as stream:
-        torch.save(dict(state), stream)
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        torch.save(dict(state), temporary)

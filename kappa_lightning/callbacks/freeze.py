@@ -22,7 +22,7 @@ from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_text
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile import KappaProfile
-from kappa_lightning.profile.row import EXPERTS
+from kappa_lightning.profile.settings import EXPERTS, ProfileSettings
 from kappa_lightning.selection import DEFAULT_TOP_P, Budget, check_ranking, rank, select
 from kappa_lightning.spectra import check_options
 from kappa_lightning.strategies import adapter_for
@@ -347,10 +347,8 @@ class KappaFreezeCallback(Callback):
             return profile
         return KappaProfile.from_weights(
             candidates,
+            ProfileSettings(self.solver, self.rtol, self.experts),
             device=trainer.strategy.root_device,
-            solver=self.solver,
-            rtol=self.rtol,
-            experts=self.experts,
             save_to=self.profile_path if batch_limit(trainer) is None else None,
             watch=watching(trainer),
             processes=processes,

@@ -6,7 +6,6 @@ import math
 import statistics
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,8 +18,7 @@ from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_figure, log_scalars, publish, shows_pictures
 from kappa_lightning.profile import KappaProfile
-from kappa_lightning.profile.compute import compute_rows
-from kappa_lightning.profile.distributed import compute_distributed
+from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
 
@@ -87,7 +85,7 @@ class KappaMonitor(Callback):
         self.history: list[dict[str, Any]] = []
         self._weights: dict[str, Weight] = {}
         self._trained: set[str] = set()
-        self._settings: dict[str, Any] = {}
+        self._settings = ProfileSettings()
         self._restored: dict[str, Any] | None = None
         self._module: weakref.ref[nn.Module] | None = None
 
@@ -122,7 +120,7 @@ class KappaMonitor(Callback):
         known = _profile_at_start(trainer)
         if known is not None:
             # Computed in another way, κ would seem to have drifted.
-            self._settings = {"solver": known.solver, "rtol": known.rtol, "experts": known.experts}
+            self._settings = known.settings
         if self.history:
             # Already logged before the interruption; the callbacks that monitor a metric have not seen it in this run.
             publish(trainer, self._scalars(self.history[-1]["kappa"]))
@@ -195,12 +193,14 @@ class KappaMonitor(Callback):
     ) -> dict[str, float]:
         kappas = {name: known[name].kappa for name in weights if known is not None and name in known}
         pending = [weight for name, weight in weights.items() if name not in kappas]
-        processes = adapter_for(trainer).processes(trainer)
-        device = trainer.strategy.root_device
-        neighbors = processes.local_world_size() if device.type == "cpu" else 1
-        compute = partial(compute_rows, device=device, neighbors=neighbors, **self._settings)
-        for row in compute_distributed(pending, compute, processes, watching(trainer)):
-            kappas[row.name] = row.kappa
+        profile = KappaProfile.from_weights(
+            pending,
+            self._settings,
+            device=trainer.strategy.root_device,
+            watch=watching(trainer),
+            processes=adapter_for(trainer).processes(trainer),
+        )
+        kappas |= {row.name: row.kappa for row in profile}
         return {name: kappas[name] for name in weights}
 
     def _record(self, trainer: pl.Trainer, kappas: Mapping[str, float], epoch: int) -> None:

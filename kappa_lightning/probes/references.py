@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kappa_lightning.files import replacing
+
 Reference = dict[str, Tensor]
 
 
@@ -89,6 +91,5 @@ class References:
         from safetensors.torch import save_file
 
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        save_file({name: tensor.contiguous() for name, tensor in reference.items()}, partial)
-        partial.replace(file)
+        with replacing(file) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in reference.items()}, temporary)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.profile.journal import Journal
-from kappa_lightning.profile.row import EXPERTS, KappaRow
+from kappa_lightning.profile.row import KappaRow
+from kappa_lightning.profile.settings import EXPERTS, ProfileSettings
 from kappa_lightning.profile.threads import Crew, decompose_threaded
 from kappa_lightning.spectra import Spectrum, free_memory, spectrum
 from kappa_lightning.weights import Weight
@@ -25,13 +26,10 @@ Decompose = Callable[[Tensor], Spectrum]
 
 def compute_rows(
     weights: Sequence[Weight],
+    settings: ProfileSettings | None = None,
     *,
     device: torch.device | str | None = None,
-    solver: str = "auto",
-    rtol: float = 1e-3,
-    experts: str = "mean",
     journal: Journal | None = None,
-    memory_budget: int | None = None,
     neighbors: int = 1,
 ) -> Generator[KappaRow, None, None]:
     """Decompose weights, a batch at a time; the rows come in the order in which they are finished.
@@ -44,13 +42,9 @@ def compute_rows(
 
     Args:
         weights: what is decomposed.
+        settings: how.
         device: where; by default where each weight is.
-        solver: see :func:`~kappa_lightning.spectrum`.
-        rtol: see :func:`~kappa_lightning.spectrum`.
-        experts: how the κ of a stack combine, a key of :data:`EXPERTS`.
         journal: keeps finished rows, and knows those of an interrupted pass.
-        memory_budget: bytes of working memory, by default a quarter of what is free on a CPU and half on a GPU. One
-            tensor at a time is worked on whatever it needs.
         neighbors: how many processes share the memory of this machine, if they do the same now: by default each takes
             its part of the quarter on a CPU.
 
@@ -59,20 +53,21 @@ def compute_rows(
     """
     if not weights:
         return
+    settings = settings or ProfileSettings()
     target = _common_device(weights) if device is None else torch.device(device)
-    memory = memory_budget
+    memory = settings.memory_budget
     if target is not None and target.type == "cuda":
         # For the tensors in work, and as much again for the work on them.
         memory = free_memory(target) // 4 if memory is None else max(1, memory // 2)
     elif target is not None and memory is None:
         memory = max(1, free_memory(target) // 4 // neighbors)
-    decompose = partial(spectrum, solver=solver, rtol=rtol, memory_budget=memory)
-    finish = partial(_finish, decompose=decompose, experts=experts, journal=journal)
+    decompose = partial(spectrum, solver=settings.solver, rtol=settings.rtol, memory_budget=memory)
+    finish = partial(_finish, decompose=decompose, experts=settings.experts, journal=journal)
     if target is not None and target.type == "cpu" and memory is not None:
         crew = Crew.of(weights, torch.get_num_threads(), memory)
         if crew.shared:
             share = partial(decompose, memory_budget=max(1, memory // crew.workers))
-            yield from _finish_threaded(crew, target, decompose=share, experts=experts, journal=journal)
+            yield from _finish_threaded(crew, target, decompose=share, experts=settings.experts, journal=journal)
         weights = crew.alone
     for batch, tensors in _loaded(_batches(weights, target, memory), target):
         yield from finish(batch, tensors)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from kappa_lightning.files import write_text
 
 FORMAT = "kappa-lightning profile"
 SCHEMA_VERSION = 2
@@ -25,27 +25,7 @@ def write_profile_file(path: str | os.PathLike[str], profile: dict[str, Any]) ->
         "versions": {"kappa_lightning": version("kappa-lightning"), "torch": torch.__version__},
         **profile,
     }
-    write_text_file(path, json.dumps(encode(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def write_text_file(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file such that a reader sees the old one or the new one, never a half-written one."""
-    target = Path(path)
-    # In the target's own folder, since a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    write_text(path, json.dumps(encode(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_profile_file(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from kappa_lightning.profile.file import encode, write_text_file
+from kappa_lightning.files import write_text
+from kappa_lightning.profile.file import encode
 from kappa_lightning.profile.row import KappaRow
+from kappa_lightning.profile.settings import ProfileSettings
 
 
 class Journal:
@@ -24,23 +25,23 @@ class Journal:
 
     Args:
         path: the file of rank 0; its folder must exist.
-        settings: what the rows depend on, such as solver and rtol.
+        settings: what the rows are computed with.
         rank: the rank of this process.
 
     Raises:
         ValueError: if the file is there and is no journal.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, rank: int = 0) -> None:
+    def __init__(self, path: str | os.PathLike[str], settings: ProfileSettings, *, rank: int = 0) -> None:
         self._first = Path(path)
         self.path = Path(f"{self._first}.{rank}") if rank else self._first
-        header = json.dumps({"format": "kappa-lightning journal", **settings})
+        header = json.dumps({"format": "kappa-lightning journal", **settings.of_rows})
         rows = [row for file in self._files() for row in _read(file, header)]
         self._rows = {(row.name, row.fingerprint): row for row in rows}
         # Written anew, so that what is appended never continues a line that was cut off; and in one step, since
         # another process may be reading it.
         lines = [json.dumps(encode(row.to_dict())) for row in self._rows.values()]
-        write_text_file(self.path, "\n".join([header, *lines]) + "\n")
+        write_text(self.path, "\n".join([header, *lines]) + "\n")
 
     def __contains__(self, name: str) -> bool:
         """Whether a tensor of this name was finished, whatever its content was."""

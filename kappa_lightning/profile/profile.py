@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.processes import Processes
@@ -20,9 +20,10 @@ from kappa_lightning.profile.distributed import Watch, compute_distributed
 from kappa_lightning.profile.file import read_profile_file, write_profile_file
 from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.mismatch import fused_experts
-from kappa_lightning.profile.row import EXPERTS, KappaRow
+from kappa_lightning.profile.progress import progress_bar
+from kappa_lightning.profile.row import KappaRow
+from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.selection import Budget, select
-from kappa_lightning.spectra import check_memory_budget
 from kappa_lightning.weights import (
     Weight,
     checkpoint_weights,
@@ -40,9 +41,10 @@ class KappaProfile:
 
     Args:
         rows: the rows, with distinct names.
-        solver: the solver that computed them.
-        rtol: the relative error that was asked for.
-        experts: how the κ of fused experts were combined.
+        settings: what they were computed with.
+
+    Raises:
+        ValueError: if two rows have one name.
 
     Example:
         >>> import torch
@@ -58,13 +60,28 @@ class KappaProfile:
         ['2.weight']
     """
 
-    def __init__(
-        self, rows: Iterable[KappaRow], *, solver: str = "auto", rtol: float = 1e-3, experts: str = "mean"
-    ) -> None:
-        self._rows = {row.name: row for row in rows}
-        self.solver = solver
-        self.rtol = rtol
-        self.experts = experts
+    def __init__(self, rows: Iterable[KappaRow], settings: ProfileSettings | None = None) -> None:
+        self.settings = settings or ProfileSettings()
+        self._rows: dict[str, KappaRow] = {}
+        for row in rows:
+            if row.name in self._rows:
+                raise ValueError(f"two rows of a profile have the name {row.name!r}")
+            self._rows[row.name] = row
+
+    @property
+    def solver(self) -> str:
+        """The solver that computed the rows."""
+        return self.settings.solver
+
+    @property
+    def rtol(self) -> float:
+        """The relative error that was asked for."""
+        return self.settings.rtol
+
+    @property
+    def experts(self) -> str:
+        """How the κ of fused experts were combined."""
+        return self.settings.experts
 
     @classmethod
     def from_model(
@@ -103,20 +120,12 @@ class KappaProfile:
             ValueError: if a pattern matches no parameter, no matrix is left, or a weight has NaN or infinite entries
                 (the message names it).
         """
+        settings = ProfileSettings(solver, rtol, experts, memory_budget)
         weights = included(find_weights(module), module, include, exclude)
         if not weights:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
         watch = progress_bar if progress else None
-        return cls.from_weights(
-            weights,
-            device=device,
-            solver=solver,
-            rtol=rtol,
-            experts=experts,
-            save_to=save_to,
-            memory_budget=memory_budget,
-            watch=watch,
-        )
+        return cls.from_weights(weights, settings, device=device, save_to=save_to, watch=watch)
 
     @classmethod
     def from_checkpoint(
@@ -159,6 +168,7 @@ class KappaProfile:
             FileNotFoundError: if there is no such file or cached model, or a shard is missing.
             ValueError: as in :meth:`from_model`, or if the file is corrupt, foreign or quantized.
         """
+        settings = ProfileSettings(solver, rtol, experts, memory_budget)
         weights = checkpoint_weights(path)
         names = [weight.name for weight in weights]
         wanted = match_names(names, include, argument="include", aliases={})
@@ -167,53 +177,36 @@ class KappaProfile:
         if not weights:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
         watch = progress_bar if progress else None
-        return cls.from_weights(
-            weights,
-            device=device or "cpu",
-            solver=solver,
-            rtol=rtol,
-            experts=experts,
-            save_to=save_to,
-            memory_budget=memory_budget,
-            watch=watch,
-        )
+        return cls.from_weights(weights, settings, device=device or "cpu", save_to=save_to, watch=watch)
 
     @classmethod
     def from_weights(
         cls,
         weights: Sequence[Weight],
+        settings: ProfileSettings | None = None,
         *,
-        device: torch.device | str | None,
-        solver: str,
-        rtol: float,
-        experts: str = "mean",
+        device: torch.device | str | None = None,
         save_to: str | os.PathLike[str] | None = None,
-        memory_budget: int | None = None,
         watch: Watch | None = None,
         processes: Processes | None = None,
     ) -> KappaProfile:
         """Decompose weights that were found already.
 
         Args:
-            weights: what is decomposed.
+            weights: what is decomposed, as :func:`kappa_lightning.weights.find_weights` gives them; none are no rows.
+            settings: how. Without a memory budget, the processes of one machine share the quarter of what is free on a
+                CPU.
             device: as in :meth:`from_model`.
-            solver: as in :meth:`from_model`.
-            rtol: as in :meth:`from_model`.
-            experts: as in :meth:`from_model`.
             save_to: as in :meth:`from_model`.
-            memory_budget: as in :meth:`from_model`, for each process; by default those of one machine share the quarter
-                on a CPU.
             watch: sees the weights and their rows as they come, to show progress.
             processes: who shares the work and all get the profile; by default this process does it all.
 
         Raises:
+            TypeError: as in :meth:`from_model`.
             ValueError: as in :meth:`from_model`.
             FileNotFoundError: if the folder of ``save_to`` does not exist.
         """
-        check_memory_budget(memory_budget)
-        if experts not in EXPERTS:
-            raise ValueError(f"experts={experts!r} is unknown: use one of {', '.join(map(repr, EXPERTS))}")
-        settings = {"solver": solver, "rtol": rtol, "experts": experts}
+        settings = settings or ProfileSettings()
         processes = processes or Processes()
         journal: Journal | None = None
         with processes.failing_together():
@@ -224,23 +217,10 @@ class KappaProfile:
                 )
             if save_to is not None and here:  # on other nodes than the first the folder may not be there
                 journal = Journal(f"{os.fspath(save_to)}.partial", settings, rank=processes.rank)
-
         neighbors = processes.local_world_size()
-
-        def compute(share: Sequence[Weight]) -> Generator[KappaRow, None, None]:
-            return compute_rows(
-                share,
-                device=device,
-                solver=solver,
-                rtol=rtol,
-                experts=experts,
-                journal=journal,
-                memory_budget=memory_budget,
-                neighbors=neighbors,
-            )
-
+        compute = partial(compute_rows, settings=settings, device=device, journal=journal, neighbors=neighbors)
         finished = {row.name: row for row in compute_distributed(weights, compute, processes, watch)}
-        profile = cls((finished[weight.name] for weight in weights), solver=solver, rtol=rtol, experts=experts)
+        profile = cls((finished[weight.name] for weight in weights), settings)
         with processes.failing_together():
             if save_to is not None and processes.is_global_zero:
                 profile.save(save_to)
@@ -289,7 +269,7 @@ class KappaProfile:
             KeyError: if a name has no row.
         """
         rows = (self[name] for name in names)
-        return KappaProfile(rows, solver=self.solver, rtol=self.rtol, experts=self.experts)
+        return KappaProfile(rows, self.settings)
 
     def renamed_for(self, names: Sequence[str]) -> KappaProfile:
         """The rows of a model's parameters, where this profile may name them without the model's place in a module.
@@ -307,7 +287,7 @@ class KappaProfile:
         for prefix in prefixes:
             if all(name.startswith(prefix) and name.removeprefix(prefix) in self for name in names):
                 rows = (replace(self[name.removeprefix(prefix)], name=name) for name in names)
-                return KappaProfile(rows, solver=self.solver, rtol=self.rtol, experts=self.experts)
+                return KappaProfile(rows, self.settings)
         missing = next(name for name in names if name not in self)
         raise ValueError(
             fused_experts(self._rows, [missing])
@@ -366,8 +346,7 @@ class KappaProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as plain lists, numbers and strings, for a checkpoint or a file."""
-        settings = {"solver": self.solver, "rtol": self.rtol, "experts": self.experts}
-        return {**settings, "rows": [row.to_dict() for row in self]}
+        return {**self.settings.of_rows, "rows": [row.to_dict() for row in self]}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> KappaProfile:
@@ -375,7 +354,7 @@ class KappaProfile:
         if not isinstance(state["rows"], list):
             raise ValueError(f"its rows are a {type(state['rows']).__name__}, not a list")
         rows = [KappaRow.from_dict(entry) for entry in state["rows"]]
-        return cls(rows, solver=state["solver"], rtol=state["rtol"], experts=state["experts"])
+        return cls(rows, ProfileSettings(state["solver"], state["rtol"], state["experts"]))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -398,14 +377,3 @@ class KappaProfile:
         finite = [row.kappa for row in self if math.isfinite(row.kappa)]
         span = f", κ {min(finite):.3g} to {max(finite):.3g}" if finite else ""
         return f"KappaProfile({len(self)} tensors{span})"
-
-
-def progress_bar(weights: Sequence[Weight], rows: Iterator[KappaRow]) -> Iterator[KappaRow]:
-    """A progress bar on standard error whose estimate of the time left knows that large matrices take longer."""
-    costs = {weight.name: weight.cost for weight in weights}
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
-    with tqdm(desc="Condition numbers", total=sum(costs.values()), bar_format=layout, leave=False) as bar:
-        for finished, row in enumerate(rows, start=1):
-            bar.set_postfix_str(f"{finished}/{len(costs)} tensors", refresh=False)
-            bar.update(costs[row.name])
-            yield row

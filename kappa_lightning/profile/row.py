@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from kappa_lightning.profile.file import decode
-
-EXPERTS: dict[str, Callable[[Sequence[float]], float]] = {
-    "mean": statistics.fmean,
-    "median": statistics.median,
-    "max": max,
-}
-"""How the κ of the matrices of a stack, such as fused experts, combine into the tensor's."""
+from kappa_lightning.profile.settings import EXPERTS
 
 _PER_MATRIX = ("kappas", "sigma_maxs", "log_volumes", "frobenius_norms")
 _NUMBERS = ("kappa", "sigma_max", "sigma_min", "log_volume", "frobenius_norm", "rtol")
@@ -53,7 +46,8 @@ class KappaRow:
         log_volumes: of a stack, the log-volume of each matrix; otherwise ``None``.
         frobenius_norms: of a stack, the norm of each matrix; otherwise ``None``.
         matrix_shape: (rows, cols) of each matrix; a Conv kernel's is (out, in·kh·kw).
-        experts: how the figures of a stack's matrices combine, a key of :data:`EXPERTS`.
+        experts: how the figures of a stack's matrices combine, a key of
+            :data:`~kappa_lightning.profile.settings.EXPERTS`.
         dtype: the stored precision, such as ``"float32"``.
         fingerprint: identifies the stored content.
     """

@@ -33,7 +33,7 @@ from tiny import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-import kappa_lightning.callbacks.monitor
+import kappa_lightning.profile.profile
 from kappa_lightning import AccuracyProbe, ForgettingEval, KappaFreezeCallback, KappaMonitor, KappaProfile, Probe
 from kappa_lightning.probes import SimilarityProbe
 from kappa_lightning.probes.metrics import TokenPerplexity
@@ -85,15 +85,17 @@ def test_monitor_with_every_figure_known_computes_nothing_on_a_gpu(
 ) -> None:
     asked: list[int] = []
 
-    def on_a_gpu(weights: Any, **options: Any) -> Any:
+    def on_a_gpu(weights: Any, *given: Any, **options: Any) -> Any:
         asked.append(len(weights))
-        return compute_rows(weights, **{**options, "device": "cuda"})
+        return compute_rows(weights, *given, **{**options, "device": "cpu" if weights else "cuda"})
 
-    monkeypatch.setattr(kappa_lightning.callbacks.monitor, "compute_rows", on_a_gpu)
+    monkeypatch.setattr(kappa_lightning.profile.profile, "compute_rows", on_a_gpu)
     module, freeze = Bank(a=(4, 2.0), b=(4, 9.0)), KappaFreezeCallback(num_tensors=1)
     monitor = KappaMonitor(tensors=["b.weight"])
     fit(tmp_path, module, freeze, monitor, max_epochs=2)
-    assert set(asked) <= {0}
+    assert asked[0] == 2
+    assert asked[1:]
+    assert set(asked[1:]) == {0}
     assert [record["kappa"] for record in monitor.history] == [{"b.weight": freeze.profile["b.weight"].kappa}] * 3
 
 

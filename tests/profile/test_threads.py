@@ -18,6 +18,7 @@ import kappa_lightning.profile.threads as together
 from kappa_lightning import KappaProfile, Spectrum
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile.journal import Journal
+from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.profile.threads import Crew, decompose_threaded
 from kappa_lightning.weights import find_weights
 
@@ -248,12 +249,12 @@ def test_no_more_weights_are_in_memory_than_there_are_workers_and_one(monkeypatc
 def test_known_rows_come_when_they_are_met(net, tmp_path):
     """Not at the end, when the progress bar has nothing left to show."""
     weights = find_weights(net)
-    journal = Journal(tmp_path / "partial", {})
+    journal = Journal(tmp_path / "partial", ProfileSettings())
     for row in compute.compute_rows(weights, journal=journal):
         last = row.name
     with torch.no_grad():
         dict(net.named_parameters())[last].mul_(2)
-    rows = compute.compute_rows(weights, journal=Journal(tmp_path / "partial", {}))
+    rows = compute.compute_rows(weights, journal=Journal(tmp_path / "partial", ProfileSettings()))
     shared = [weight.name for weight in Crew.of(weights, 3, PLENTY).shared]
     shared.remove(last)
     assert [next(rows).name for _ in shared] == shared
@@ -285,7 +286,7 @@ def test_an_error_of_who_watches_ends_the_work(net):
         raise RuntimeError("the bar broke")
 
     with pytest.raises(RuntimeError, match="the bar broke") as caught:
-        KappaProfile.from_weights(find_weights(net), device=None, solver="auto", rtol=1e-3, watch=watch)
+        KappaProfile.from_weights(find_weights(net), watch=watch)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kappa")], caught
 
 
@@ -319,7 +320,7 @@ def test_processes_of_one_machine_share_the_quarter(monkeypatch):
     weights = weights_of(40, 40)
     for neighbors in (1, 4):
         list(compute.compute_rows(weights, neighbors=neighbors))
-    list(compute.compute_rows(weights, neighbors=4, memory_budget=12345))
+    list(compute.compute_rows(weights, ProfileSettings(memory_budget=12345), neighbors=4))
     assert budgets == [1 << 28, 1 << 26, 12345]
 
 
@@ -340,7 +341,7 @@ def test_a_profile_counts_the_processes_of_its_machine(monkeypatch):
     monkeypatch.setattr(compute, "free_memory", lambda device: 1 << 30)
     # The other process' share is missing from what is gathered, so only the first is left to look at.
     with pytest.raises(KeyError):
-        KappaProfile.from_weights(weights_of(40, 41), device="cpu", solver="auto", rtol=1e-3, processes=Neighbors(0, 2))
+        KappaProfile.from_weights(weights_of(40, 41), device="cpu", processes=Neighbors(0, 2))
     assert budgets == [1 << 27]
 
 
