@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kappa_lightning.weights.part import Part
 from kappa_lightning.weights.sharded import is_sharded
 
 View = Callable[[Tensor], Tensor]
@@ -27,6 +28,7 @@ class Weight:
         parameter: the parameter, if the weight is a model's.
         companions: the names of further parameters that the weight is made from, where it is parametrized.
         is_made: whether it is parametrized, so that reading it computes it.
+        part: which part of the parameter it is, if it is not the whole.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Weight:
     parameter: nn.Parameter | None = None
     companions: tuple[str, ...] = ()
     is_made: bool = False
+    part: Part | None = None
 
     @property
     def is_stack(self) -> bool:

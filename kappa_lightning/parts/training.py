@@ -1,0 +1,290 @@
+"""Let parts of parameters train: the module keeps its names, shapes and memory, and gets a parameter for each part."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from kappa_lightning.parts.join import join
+from kappa_lightning.weights.part import Index, Part
+from kappa_lightning.weights.quantized import is_quantized
+from kappa_lightning.weights.sharded import is_sharded
+
+_HELD = "_kappa_parts"
+
+
+class PartialTraining:
+    """Parameters of a module of which parts train; made by :func:`train_parts`.
+
+    Attributes:
+        parameters: the trainable parameter of each part by its name, in the order in which they were given.
+    """
+
+    def __init__(self, module: nn.Module, parts: Sequence[Part]) -> None:
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._layers: list[nn.Module] = []
+        owners = _owners(module)
+        # Everything is looked at before anything is changed.
+        for part in parts:
+            _check(part, *owners.get(part.parameter, (None, "")))
+        by_layer: dict[tuple[int, str], list[Part]] = {}
+        for part in parts:
+            layer, attribute = owners[part.parameter]
+            by_layer.setdefault((id(layer), attribute), []).append(part)
+        for (_, attribute), group in by_layer.items():
+            layer, _ = owners[group[0].parameter]
+            if _HELD in layer.__dict__ and attribute in layer.__dict__[_HELD].indices:
+                raise ValueError(f"parts of {group[0].parameter} train already: undo that first")
+            _require_disjoint(cast(Tensor, layer._parameters[attribute]).shape, group)
+        for (_, attribute), group in by_layer.items():
+            layer, _ = owners[group[0].parameter]
+            _hold(layer).split(attribute, group)
+            if layer not in self._layers:
+                self._layers.append(layer)
+        for part in parts:
+            layer, attribute = owners[part.parameter]
+            self.parameters[part.name] = cast(nn.Parameter, layer._parameters[f"{attribute}[{part.label}]"])
+
+    def undo(self) -> None:
+        """Make the module as it was, with the weights as they are now; the whole parameters' ``requires_grad``, too."""
+        for layer in self._layers:
+            _hold(layer).undo()
+        self._layers.clear()
+        self.parameters.clear()
+
+
+def train_parts(module: nn.Module, parts: Iterable[Part]) -> PartialTraining:
+    """Let parts of parameters train and freeze the rest of those parameters.
+
+    Each part becomes an ``nn.Parameter`` beside the whole, named ``<parameter>[<label>]``, that lies in the whole's
+    memory: no weight is copied, gradients and an optimizer's state exist for the parts alone, and the rest cannot be
+    moved by weight decay, momentum, clipping or averaging, since no optimizer has it. ``state_dict()`` and
+    ``save_pretrained`` keep the names and shapes that they had.
+
+    What remains is the transient gradient of the whole tensor in the backward pass of its layer.
+
+    Args:
+        module: has the parameters, which may be tied.
+        parts: which parts train; parts of one parameter must not overlap.
+
+    Raises:
+        TypeError: if a parameter is quantized, or not of floats.
+        ValueError: if a parameter is missing, parametrized, sharded, lazy or on the meta device, or if parts overlap
+            or lie outside of it. Nothing has been changed then.
+
+    Example:
+        >>> import torch
+        >>> class Experts(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.down = torch.nn.Parameter(torch.ones(3, 2, 2))
+        ...     def forward(self, x):
+        ...         return torch.einsum("eij,j->ei", self.down, x)
+        >>> experts = Experts()
+        >>> training = train_parts(experts, [Part("down", "1", (1,))])
+        >>> experts(torch.ones(2)).sum().backward()
+        >>> {name: None if p.grad is None else p.grad.tolist() for name, p in experts.named_parameters()}
+        {'down': None, 'down[1]': [[1.0, 1.0], [1.0, 1.0]]}
+        >>> list(experts.state_dict())
+        ['down']
+    """
+    return PartialTraining(module, list(parts))
+
+
+def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The layer and the attribute behind every name, those of tied parameters and of compiled modules included."""
+    owners = {}
+    for prefix, layer in module.named_modules():
+        for attribute, parameter in layer._parameters.items():
+            if parameter is not None:
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                owners[name] = owners[name.replace("_orig_mod.", "")] = (layer, attribute)
+    return owners
+
+
+def _check(part: Part, layer: nn.Module | None, attribute: str) -> None:
+    if layer is None:
+        raise ValueError(f"{part.name}: the module has no parameter {part.parameter}")
+    whole = layer._parameters[attribute]
+    assert whole is not None
+    if isinstance(whole, UninitializedParameter) or whole.is_meta:
+        raise ValueError(f"{part.parameter} has no values yet: load or initialize it before parts of it are chosen")
+    if is_sharded(whole):
+        raise ValueError(
+            f"{part.parameter} is sharded over processes, so no part of it can be trained alone: use one device or "
+            "DDP, or choose whole tensors"
+        )
+    if is_quantized(whole) or not whole.is_floating_point():
+        raise TypeError(f"{part.parameter} is stored as {whole.dtype}, of which no part can train: choose an adapter")
+    if len(part.index) > whole.ndim:
+        raise ValueError(f"{part.name} has an index of {len(part.index)} dimensions for a tensor of {whole.ndim}")
+    for size, entries in zip(whole.shape, part.index, strict=False):
+        if isinstance(entries, int):
+            inside = -size <= entries < size
+        else:
+            inside = len(range(size)[entries]) > 0 and (entries.stop is None or entries.stop <= size)
+        if not inside:
+            raise ValueError(f"{part.name} lies outside of {part.parameter}, whose shape is {tuple(whole.shape)}")
+
+
+def _require_disjoint(shape: Sequence[int], parts: Sequence[Part]) -> None:
+    for first, second in combinations(parts, 2):
+        if _overlap(shape, first.index, second.index):
+            raise ValueError(f"{first.name} and {second.name} have entries in common: choose one of the two")
+
+
+def _overlap(shape: Sequence[int], first: Index, second: Index) -> bool:
+    for size, one, other in zip(shape, first, second, strict=False):
+        if isinstance(one, int) and isinstance(other, int):
+            if one % size != other % size:
+                return False
+        elif set(_entries(size, one)).isdisjoint(_entries(size, other)):
+            return False
+    return True
+
+
+def _entries(size: int, index: int | slice) -> range:
+    return range(size)[index] if isinstance(index, slice) else range(index % size, index % size + 1)
+
+
+class _Held:
+    """What a layer's split parameters are made of."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.plain = type(layer)
+        self.indices: dict[str, dict[str, Index]] = {}
+        self.required: dict[str, bool] = {}
+        self.joined: dict[str, Tensor] = {}
+        self.hooks = [
+            layer.register_forward_pre_hook(self._enter, prepend=True),
+            layer.register_forward_hook(self._leave, always_call=True),
+        ]
+        _swap_class(layer, self.plain, ())
+
+    def _enter(self, *_: Any) -> None:
+        # An expert layer reads its weight once for each expert; joined once, the gradients of all are added up first.
+        self.joined = {}
+        self.joined = {attribute: self.value(attribute) for attribute in self.indices}
+
+    def _leave(self, *_: Any) -> None:
+        self.joined = {}
+
+    def split(self, attribute: str, parts: Sequence[Part]) -> None:
+        whole = self.layer._parameters[attribute]
+        assert whole is not None
+        self.required[attribute] = whole.requires_grad
+        whole.requires_grad_(False)
+        whole.grad = None
+        self.indices[attribute] = {f"{attribute}[{part.label}]": part.index for part in parts}
+        for name, index in self.indices[attribute].items():
+            self.layer._parameters[name] = nn.Parameter(whole.detach()[index])
+        _swap_class(self.layer, self.plain, self.indices)
+
+    def value(self, attribute: str) -> Tensor:
+        """The parameter as the layer sees it."""
+        whole = self.layer._parameters[attribute]
+        assert whole is not None
+        if not torch.is_grad_enabled():
+            return whole
+        known = self.joined.get(attribute)
+        if known is not None:
+            return known
+        indices = self.indices[attribute]
+        parts = [cast(Tensor, self.layer._parameters[name]) for name in indices]
+        joined: Tensor = join(whole, list(indices.values()), parts)
+        return joined
+
+    def share_memory_again(self) -> None:
+        """After a move to another device or precision, which gives every parameter memory of its own."""
+        for attribute, indices in self.indices.items():
+            whole = self.layer._parameters[attribute]
+            assert whole is not None
+            for name, index in indices.items():
+                part = self.layer._parameters[name]
+                assert part is not None
+                part.data = whole.detach()[index]
+
+    def undo(self) -> None:
+        for attribute, indices in self.indices.items():
+            for name in indices:
+                del self.layer._parameters[name]
+            whole = self.layer._parameters[attribute]
+            assert whole is not None
+            whole.requires_grad_(self.required[attribute])
+        for hook in self.hooks:
+            hook.remove()
+        self.layer.__class__ = self.plain
+        del self.layer.__dict__[_HELD]
+
+
+def _hold(layer: nn.Module) -> _Held:
+    held: _Held | None = layer.__dict__.get(_HELD)
+    if held is None:
+        held = _Held(layer)
+        layer.__dict__[_HELD] = held
+    return held
+
+
+def _property(attribute: str) -> property:
+    def get(self: nn.Module) -> Tensor:
+        held: _Held = self.__dict__[_HELD]
+        return held.value(attribute)
+
+    return property(get)
+
+
+class _Split:
+    """What a layer of which parts train does otherwise than its own class; mixed into it."""
+
+    def _names_of_parts(self) -> set[str]:
+        held: _Held = self.__dict__[_HELD]
+        return {name for indices in held.indices.values() for name in indices}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        # The whole has their entries.
+        for name in self._names_of_parts():
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        parameters: dict[str, Any] = self.__dict__["_parameters"]
+        parts = {name: parameters.pop(name) for name in self._names_of_parts()}
+        try:
+            super()._load_from_state_dict(*arguments, **named)  # type: ignore[misc]
+        finally:
+            parameters.update(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        held: _Held = self.__dict__[_HELD]
+        held.share_memory_again()
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        # A copied parameter has memory of its own.
+        copied.__dict__[_HELD].share_memory_again()
+        return copied
+
+
+def _swap_class(layer: nn.Module, plain: type[nn.Module], attributes: Iterable[str]) -> None:
+    """Give a layer a class of its own, since only a class can have a property; its name stays."""
+    members: dict[str, Any] = {attribute: _property(attribute) for attribute in attributes}
+    members["__reduce__"] = _refuse_pickle
+    layer.__class__ = type(plain.__name__, (_Split, plain), members)
+
+
+def _refuse_pickle(layer: nn.Module) -> Any:
+    raise TypeError(
+        f"a {type(layer).__name__} of which single parts train cannot be pickled: save its state_dict, or undo the "
+        "partial training (callback.unfreeze()) first"
+    )
