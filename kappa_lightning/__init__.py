@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.spectra import Spectrum, condition_number, spectrum
+from kappa_lightning.version import __version__
 
 if TYPE_CHECKING:
     from kappa_lightning.callbacks import ForgettingEval, KappaFreezeCallback, KappaMonitor
@@ -41,6 +42,7 @@ __all__ = [
     "Probe",
     "SimilarityProbe",
     "Spectrum",
+    "__version__",
     "condition_number",
     "lora_targets",
     "spectrum",

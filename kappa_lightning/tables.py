@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kappa_lightning.profile import KappaProfile, KappaRow
+
+# Control and format characters, lone surrogates, and separators of lines and paragraphs.
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +61,29 @@ def ranking_markdown(ranking: Sequence[KappaRow], selected: Iterable[str]) -> st
         shape = "×".join(map(str, row.shape))
         mark = "yes" if row.name in selected else ""
         lines.append(
-            f"| {position} | {row.name} | {shape} | {format_kappa(row.kappa)} | {row.log_volume:.1f} | {mark} |"
+            f"| {position} | {_cell(row.name)} | {shape} | {format_kappa(row.kappa)} | {row.log_volume:.1f} | {mark} |"
         )
     return "\n".join(lines)
+
+
+def printable(name: str) -> str:
+    """A name from a file on one line, with what would move the cursor or turn the direction of writing escaped.
+
+    Example:
+        >>> printable("größe κ.weight"), printable("a\\nb\\x1b[2J\\u202e")
+        ('größe κ.weight', 'a\\\\nb\\\\x1b[2J\\\\u202e')
+    """
+    if name.isascii() and name.isprintable():
+        return name
+    return "".join(
+        letter.encode("unicode_escape").decode() if unicodedata.category(letter) in _UNSAFE else letter
+        for letter in name
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, such as ``1 tensor`` and ``1,200 tensors``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_kappa(kappa: float) -> str:
@@ -81,3 +105,8 @@ def render(table: Table, width: int = 110) -> str:
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return "\n" + "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _cell(name: str) -> str:
+    """A name as Markdown shows it in one cell of a table."""
+    return printable(name).replace("|", "\\|")

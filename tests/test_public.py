@@ -1,6 +1,7 @@
 import ast
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -105,6 +106,27 @@ def test_probe_takes_the_arguments_of_the_design_in_its_order():
     assert REQUIRED not in keyword_only(Probe).values()
 
 
+NOT_INSTALLED = """
+import importlib.metadata as metadata
+original = metadata.version
+def version(name):
+    if name.replace("_", "-") == "kappa-lightning":
+        raise metadata.PackageNotFoundError(name)
+    return original(name)
+metadata.version = version
+import sys, torch, kappa_lightning
+print(kappa_lightning.__version__)
+kappa_lightning.KappaProfile.from_model(torch.nn.Linear(2, 2), progress=False).save(sys.argv[1])
+"""
+
+
+def test_checkout_that_is_not_installed_knows_its_version_and_saves_a_profile(tmp_path):
+    command = [sys.executable, "-c", NOT_INSTALLED, str(tmp_path / "kappa.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", done.stdout.strip())
+    assert f'"kappa_lightning": "{done.stdout.strip()}"' in (tmp_path / "kappa.json").read_text()
+
+
 def test_package_is_typed():
     assert (PACKAGE / "py.typed").is_file()
 
@@ -201,7 +223,7 @@ def test_spectra_and_weights_know_no_other_room():
 
 def test_no_other_room_knows_the_callbacks_even_indirectly():
     graph = rooms()
-    for room in graph.keys() - {"callbacks", "strategies", "cli"}:
+    for room in graph.keys() - {"callbacks", "strategies", "cli", "__main__"}:
         seen, pending = set(), [room]
         while pending:
             new = graph[pending.pop()] - seen

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kappa_lightning.files import write_text
+from kappa_lightning.version import __version__
 
 FORMAT = "kappa-lightning profile"
 SCHEMA_VERSION = 2
@@ -22,7 +22,7 @@ def write_profile_file(path: str | os.PathLike[str], profile: dict[str, Any]) ->
     document = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
-        "versions": {"kappa_lightning": version("kappa-lightning"), "torch": torch.__version__},
+        "versions": {"kappa_lightning": __version__, "torch": torch.__version__},
         **profile,
     }
     write_text(path, json.dumps(encode(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n")

@@ -132,6 +132,48 @@ def test_brackets_in_a_name_are_no_markup(scan, tmp_path):
     assert "blocks.[bold].weight" in out
 
 
+def test_name_is_shown_as_it_is_without_emoji(scan, tmp_path):
+    save_file({"a:smile:.weight": torch.randn(3, 3), "[red]x[/red].weight": torch.eye(3)}, tmp_path / "b.safetensors")
+    _, out, _ = scan(model=tmp_path / "b.safetensors")
+    assert "a:smile:.weight" in out
+    assert "[red]x[/red].weight" in out
+
+
+@pytest.mark.parametrize("options", [[], ["--names", "--top-p", 1]], ids=str)
+def test_control_and_direction_characters_of_a_name_are_escaped(scan, tmp_path, options):
+    name = "a\x1b[2J\nb.weight\u202e\u2028"
+    save_file({name: torch.eye(3)}, tmp_path / "b.safetensors")
+    _, out, _ = scan(*options, model=tmp_path / "b.safetensors")
+    assert "a\\x1b[2J\\nb.weight\\u202e\\u2028" in out
+    assert not set("\x1b\u202e\u2028") & set(out)
+    if options:
+        assert len(out.splitlines()) == 1
+
+
+def test_name_in_an_error_is_escaped(scan, tmp_path):
+    save_file({"a\x1b[2J\n.weight": torch.full((3, 3), float("nan"))}, tmp_path / "n.safetensors")
+    assert_error(scan(model=tmp_path / "n.safetensors"), "a\\x1b[2J", "NaN")
+
+
+def test_headings_of_a_narrow_terminal_are_not_folded(scan, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    _, out, _ = scan()
+    heading = next(line for line in out.splitlines() if "tensor" in line)
+    assert heading.split() == ["tensor", "shape", "κ", "trains"]
+
+
+def test_table_in_a_pipe_has_each_name_on_one_line(scan, tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    name = "layers." * 30 + "weight"
+    save_file({name: torch.eye(3)}, tmp_path / "b.safetensors")
+    assert name in scan(model=tmp_path / "b.safetensors")[1]
+
+
+def test_one_tensor_is_no_tensors(scan, tmp_path):
+    save_file({"a.weight": torch.eye(3)}, tmp_path / "b.safetensors")
+    assert scan(model=tmp_path / "b.safetensors")[1].splitlines()[-1].startswith("1 of 1 tensor trains")
+
+
 def test_infinite_kappa_is_shown_as_such(scan, tmp_path):
     save_file({"a.weight": torch.eye(3), "dead.weight": torch.zeros(3, 3)}, tmp_path / "b.safetensors")
     status, out, _ = scan(model=tmp_path / "b.safetensors")
