@@ -27,8 +27,14 @@ from kappa_lightning.selection import DEFAULT_TOP_P, Budget, check_ranking, rank
 from kappa_lightning.spectra import check_options
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.tables import ranking_markdown, training_table
-from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
-from kappa_lightning.weights.patterns import included
+from kappa_lightning.weights import (
+    Weight,
+    check_patterns,
+    find_weights,
+    included,
+    match_parameters,
+    plain_parameters,
+)
 
 
 class KappaFreezeCallback(Callback):
@@ -61,8 +67,9 @@ class KappaFreezeCallback(Callback):
         criterion: what ranks the candidates: ``"kappa"``, ``"excess_kappa"``, ``"entropy_deficit"``,
             ``"stable_rank"``, ``"random"`` or one that you registered (:func:`kappa_lightning.selection.register`);
             with ``reversed:`` in front the other way round.
-        include: shell globs over the names of ``LightningModule.named_parameters()``.
-        exclude: globs of what is no candidate, and therefore frozen.
+        include: shell globs over the names of ``LightningModule.named_parameters()``, and groups of them such as
+            ``"@attention"`` or ``"@gate_up"`` (:data:`kappa_lightning.weights.groups.GROUPS`; in YAML between quotes).
+        exclude: globs and groups of what is no candidate, and therefore frozen.
         always_train: globs of what trains whatever its κ (new heads, projectors), outside the budget.
         train_vectors: whether biases, norms and all other vectors train too.
         solver: see :func:`kappa_lightning.spectrum`.
@@ -125,17 +132,14 @@ class KappaFreezeCallback(Callback):
         self.budget = Budget(top_p=top_p, num_tensors=num_tensors, max_kappa=max_kappa, max_params=max_params)
         check_ranking(criterion, within, seed)
         check_options(solver=solver, rtol=rtol)
-        for argument, patterns in (("include", include), ("exclude", exclude), ("always_train", always_train)):
-            if isinstance(patterns, str):
-                raise TypeError(f"{argument}={patterns!r} is one string: give a list of globs, such as [{patterns!r}]")
         if not include:
             raise ValueError("include=() leaves nothing to train: give at least one glob")
         self.criterion = criterion
         self.within = within
         self.seed = seed
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
-        self.always_train = tuple(always_train)
+        self.include = check_patterns(include, argument="include")
+        self.exclude = check_patterns(exclude, argument="exclude")
+        self.always_train = check_patterns(always_train, argument="always_train")
         self.train_vectors = train_vectors
         if experts not in EXPERTS:
             raise ValueError(f"experts={experts!r} is unknown: use one of {', '.join(map(repr, EXPERTS))}")
@@ -310,7 +314,7 @@ class KappaFreezeCallback(Callback):
 
     def _always_trained(self, module: pl.LightningModule, trainable: set[str]) -> set[str]:
         parameters = plain_parameters(module)
-        always = match_names(parameters, self.always_train, argument="always_train", aliases=tied_names(module))
+        always = match_parameters(module, self.always_train, argument="always_train")
         for name in sorted(always):
             if not parameters[name].is_floating_point():
                 raise TypeError(f"always_train matches {name}, which is {parameters[name].dtype} and cannot be trained")

@@ -20,7 +20,7 @@ from kappa_lightning.callbacks.reporting import log_figure, log_scalars, publish
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.strategies import adapter_for
-from kappa_lightning.weights import Weight, find_weights, match_names, plain_parameters, tied_names
+from kappa_lightning.weights import Weight, find_weights, match_parameters
 
 
 class KappaMonitor(Callback):
@@ -42,7 +42,7 @@ class KappaMonitor(Callback):
 
     Args:
         every_n_epochs: the number of epochs between figures.
-        tensors: ``"trainable"``, ``"all"``, or globs over parameter names.
+        tensors: ``"trainable"``, ``"all"``, or globs over parameter names and groups such as ``["@attention"]``.
         figures: whether to draw.
 
     Attributes:
@@ -182,7 +182,7 @@ class KappaMonitor(Callback):
         if self.tensors == "trainable":
             weights = [weight for weight in weights if _trains(weight)]
         elif not isinstance(self.tensors, str):
-            wanted = match_names(plain_parameters(module), self.tensors, argument="tensors", aliases=tied_names(module))
+            wanted = match_parameters(module, self.tensors, argument="tensors")
             weights = [weight for weight in weights if weight.name in wanted]
         if not weights:
             raise ValueError(f"KappaMonitor(tensors={self.tensors!r}) finds no matrix to watch in this model")

@@ -102,8 +102,9 @@ class KappaProfile:
 
         Args:
             module: any module; it is not changed.
-            include: globs over the names of ``named_parameters()``; only what one of them matches is profiled.
-            exclude: globs of what is left out of that.
+            include: globs over the names of ``named_parameters()``, and groups such as ``"@attention"``
+                (:data:`kappa_lightning.weights.groups.GROUPS`); only what one of them matches is profiled.
+            exclude: globs and groups of what is left out of that; a group may match nothing.
             device: where to compute; by default where each tensor is. Only what is being worked on is copied there.
             progress: whether to show a progress bar on standard error.
             solver: see :func:`~kappa_lightning.spectrum`.

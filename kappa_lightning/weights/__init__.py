@@ -8,7 +8,17 @@ embeddings). Everything else is a *vector*: biases, the parameters of normalizat
 from kappa_lightning.weights.checkpoint import checkpoint_weights
 from kappa_lightning.weights.model import find_weights
 from kappa_lightning.weights.names import plain_parameters, tied_names
-from kappa_lightning.weights.patterns import included, match_names
+from kappa_lightning.weights.patterns import check_patterns, included, match_names, match_parameters
 from kappa_lightning.weights.weight import Weight
 
-__all__ = ["Weight", "checkpoint_weights", "find_weights", "included", "match_names", "plain_parameters", "tied_names"]
+__all__ = [
+    "Weight",
+    "check_patterns",
+    "checkpoint_weights",
+    "find_weights",
+    "included",
+    "match_names",
+    "match_parameters",
+    "plain_parameters",
+    "tied_names",
+]

@@ -27,3 +27,17 @@ def depth_and_role(name: str) -> tuple[int | None, str]:
     first = _NUMBER.search(name)
     depth = int(numbered.group(1)) if numbered else int(first.group()) if first else None
     return depth, _JOINED.sub("*", _NUMBER.sub("*", name))
+
+
+def start_of_layers(name: str) -> int | None:
+    """Where the word is, such as ``layers`` or ``blocks``, under which a name's repeated layer is kept.
+
+    Returns:
+        Its place in the name; ``None`` if there is no such word with a number behind it.
+
+    Example:
+        >>> start_of_layers("model.layers.11.mlp.up_proj.weight"), start_of_layers("lm_head.weight")
+        (6, None)
+    """
+    found = _LAYER.search(name)
+    return None if found is None else found.start() + name[found.start() :].startswith(".")
