@@ -33,12 +33,12 @@ def measure(case: str, experts: int, steps: int) -> dict[str, float]:
         hidden_size=512, intermediate_size=512, num_experts=experts, num_experts_per_tok=8
     )
     config._experts_implementation = "grouped_mm"
-    layer = transformers.models.olmoe.modeling_olmoe.OlmoeSparseMoeBlock(config)
+    layer = transformers.models.olmoe.modeling_olmoe.OlmoeSparseMoeBlock(config)  # type: ignore[no-untyped-call]
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     layer.requires_grad_(case == "whole")
     if case not in ("whole", "nothing"):
-        weights = split_into_parts(layer, find_weights(layer))
+        weights = split_into_parts(find_weights(layer), layer)
         parts = [weight.part for weight in weights if weight.part is not None]
         share = {"tenth": 0.1, "half": 0.5, "all parts": 1.0}[case]
         # The first experts' gate-up and down projections.
@@ -78,7 +78,14 @@ def main() -> None:
         print(json.dumps(measure(arguments.case, arguments.experts, arguments.steps)))
         return
     table = Table(title=f"One MoE layer of {arguments.experts} experts, float32, AdamW")
-    for heading in ("trains", "M parameters", "gradient MiB", "optimizer MiB", "peak above the weights MiB", "s a step"):
+    for heading in (
+        "trains",
+        "M parameters",
+        "gradient MiB",
+        "optimizer MiB",
+        "peak above the weights MiB",
+        "s a step",
+    ):
         table.add_column(heading, justify="right")
     for case in CASES:
         command = [sys.executable, "-m", "benchmarks.parts", "--case", case]

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from kappa_lightning.weights.model import find_weights
 from kappa_lightning.weights.names import plain_name
 from kappa_lightning.weights.part import Part, expert_parts, gate_up_parts, head_parts
 from kappa_lightning.weights.weight import Weight, as_matrix
@@ -24,8 +26,8 @@ _OUTPUT = ("o_proj", "out_proj", "dense", "o", "wo", "Wo", "c_proj", "out_lin")
 
 
 def split_into_parts(
-    module: nn.Module,
     weights: Sequence[Weight],
+    module: nn.Module | None = None,
     *,
     experts: bool = True,
     gate_up: str = "together",
@@ -39,8 +41,8 @@ def split_into_parts(
     does not tell stays whole, and so does a weight that is quantized, made by a parametrization or sharded.
 
     Args:
-        module: has the weights, so that the layers around them can be asked.
-        weights: what :func:`~kappa_lightning.weights.find_weights` found there, or some of it.
+        weights: what was found in a model or a checkpoint, or some of it.
+        module: the model, so that the layers around its weights can be asked; without it there are no heads.
         experts: whether stacks are split.
         gate_up: ``"apart"`` splits each expert of a fused ``gate_up_proj`` into its gate and its up projection.
         heads: whether attention projections are split.
@@ -52,18 +54,21 @@ def split_into_parts(
         >>> from torch import nn
         >>> from kappa_lightning.weights import find_weights
         >>> attention = nn.MultiheadAttention(8, num_heads=2)
-        >>> [weight.name for weight in split_into_parts(attention, find_weights(attention), heads=True)][4:]
+        >>> [weight.name for weight in split_into_parts(find_weights(attention), attention, heads=True)][4:]
         ['in_proj_weight[v head 0]', 'in_proj_weight[v head 1]', 'out_proj.weight[head 0]', 'out_proj.weight[head 1]']
     """
     if gate_up not in GATE_UP:
         raise ValueError(f"gate_up={gate_up!r} is unknown: use one of {', '.join(map(repr, GATE_UP))}")
-    layers = {plain_name(name): layer for name, layer in module.named_modules(remove_duplicate=False)}
-    shapes = {plain_name(name): tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    layers: dict[str, nn.Module] = {}
+    if module is not None:
+        layers = {plain_name(name): layer for name, layer in module.named_modules(remove_duplicate=False)}
+    shapes = {weight.name: weight.shape for weight in (weights if module is None else find_weights(module))}
     found: list[Weight] = []
     for weight in weights:
         parts: list[Part] = []
-        whole = weight.parameter is not None and tuple(weight.parameter.shape) == weight.shape
-        if whole and not weight.is_made and not weight.is_sharded:
+        # A quantized parameter has another shape than what it stands for.
+        plain = weight.parameter is None or tuple(weight.parameter.shape) == weight.shape
+        if plain and not weight.is_made and not weight.is_sharded:
             if experts and weight.is_stack:
                 parts = _experts(weight, layers, shapes, gate_up)
             elif heads and len(weight.shape) == 2:
@@ -74,10 +79,9 @@ def split_into_parts(
 
 def _weights_of(weight: Weight, parts: Sequence[Part]) -> Iterator[Weight]:
     once = _Once(weight.read, len(parts))
-    meta = weight.parameter
-    assert meta is not None
+    entries = torch.empty(weight.shape, device="meta")
     for part in parts:
-        shape = tuple(meta.detach().to("meta")[part.index].shape)
+        shape = tuple(entries[part.index].shape)
 
         def read(part: Part = part) -> Tensor:
             return once.read()[part.index]
@@ -118,7 +122,7 @@ def _experts(
                 'down_proj that fits it): use gate_up="together", or exclude it'
             )
         # transformers notes at each layer of experts how its weights lie; those of today that take turns all do.
-        interleaved = not getattr(layers[owner], "is_concatenated", True)
+        interleaved = not getattr(layers.get(owner), "is_concatenated", True)
         return gate_up_parts(weight.name, weight.shape, dim=dim, interleaved=interleaved)
     return expert_parts(weight.name, weight.shape)
 

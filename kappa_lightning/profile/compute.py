@@ -62,12 +62,12 @@ def compute_rows(
     elif target is not None and memory is None:
         memory = max(1, free_memory(target) // 4 // neighbors)
     decompose = partial(spectrum, solver=settings.solver, rtol=settings.rtol, memory_budget=memory)
-    finish = partial(_finish, decompose=decompose, experts=settings.experts, journal=journal)
+    finish = partial(_finish, decompose=decompose, experts=settings.combine, journal=journal)
     if target is not None and target.type == "cpu" and memory is not None:
         crew = Crew.of(weights, torch.get_num_threads(), memory)
         if crew.shared:
             share = partial(decompose, memory_budget=max(1, memory // crew.workers))
-            yield from _finish_threaded(crew, target, decompose=share, experts=settings.experts, journal=journal)
+            yield from _finish_threaded(crew, target, decompose=share, experts=settings.combine, journal=journal)
         weights = crew.alone
     for batch, tensors in _loaded(_batches(weights, target, memory), target):
         yield from finish(batch, tensors)

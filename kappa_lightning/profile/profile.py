@@ -97,6 +97,8 @@ class KappaProfile:
         experts: str = "mean",
         save_to: str | os.PathLike[str] | None = None,
         memory_budget: int | None = None,
+        gate_up: str = "together",
+        heads: str = "whole",
     ) -> KappaProfile:
         """Decompose the matrices of a module.
 
@@ -109,20 +111,25 @@ class KappaProfile:
             progress: whether to show a progress bar on standard error.
             solver: see :func:`~kappa_lightning.spectrum`.
             rtol: see :func:`~kappa_lightning.spectrum`.
-            experts: how the κ of fused experts combine into the tensor's: ``"mean"``, ``"median"`` or ``"max"``.
+            experts: how the κ of fused experts combine into the tensor's: ``"mean"``, ``"median"`` or ``"max"``; with
+                ``"each"`` every expert has a row of its own, ``<tensor>[<expert>]``.
             save_to: the file to save the profile to. Finished rows are kept beside it, in ``<file>.partial``, from
                 where an interrupted pass goes on the next time.
             memory_budget: bytes of working memory, by default a quarter of what is free on a CPU and half on a GPU; how
                 many matrices are worked on at a time follows from it. One tensor is always worked on, whatever it
                 needs.
+            gate_up: with ``experts="each"``, whether gate and up of a fused ``gate_up_proj`` are one row
+                (``"together"``) or two (``"apart"``).
+            heads: with ``"each"`` every attention head of a projection has a row of its own,
+                ``<tensor>[head <number>]``.
 
         Raises:
             TypeError: if a weight is quantized and cannot be read.
             ValueError: if a pattern matches no parameter, no matrix is left, or a weight has NaN or infinite entries
                 (the message names it).
         """
-        settings = ProfileSettings(solver, rtol, experts, memory_budget)
-        weights = included(find_weights(module), module, include, exclude)
+        settings = ProfileSettings(solver, rtol, experts, memory_budget, gate_up, heads)
+        weights = settings.split(included(find_weights(module), module, include, exclude), module)
         if not weights:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
         watch = progress_bar if progress else None
@@ -142,6 +149,8 @@ class KappaProfile:
         experts: str = "mean",
         save_to: str | os.PathLike[str] | None = None,
         memory_budget: int | None = None,
+        gate_up: str = "together",
+        heads: str = "whole",
     ) -> KappaProfile:
         """Decompose the matrices of a checkpoint, read from disk tensor by tensor.
 
@@ -164,17 +173,19 @@ class KappaProfile:
             experts: as in :meth:`from_model`.
             save_to: as in :meth:`from_model`.
             memory_budget: as in :meth:`from_model`.
+            gate_up: as in :meth:`from_model`.
+            heads: only ``"whole"``, since a checkpoint does not say how many heads it has.
 
         Raises:
             FileNotFoundError: if there is no such file or cached model, or a shard is missing.
             ValueError: as in :meth:`from_model`, or if the file is corrupt, foreign or quantized.
         """
-        settings = ProfileSettings(solver, rtol, experts, memory_budget)
+        settings = ProfileSettings(solver, rtol, experts, memory_budget, gate_up, heads)
         weights = checkpoint_weights(path)
         names = [weight.name for weight in weights]
         wanted = match_names(names, include, argument="include", aliases={})
         wanted -= match_names(names, exclude, argument="exclude", aliases={})
-        weights = [weight for weight in weights if weight.name in wanted]
+        weights = settings.split([weight for weight in weights if weight.name in wanted])
         if not weights:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
         watch = progress_bar if progress else None
@@ -309,7 +320,7 @@ class KappaProfile:
 
     def differences(self, module: nn.Module) -> Iterator[str]:
         """What :meth:`check` would complain of, tensor by tensor."""
-        weights = {weight.name: weight for weight in find_weights(module)}
+        weights = {weight.name: weight for weight in self.settings.split(find_weights(module), module)}
         buffers = {plain_name(name): tuple(buffer.shape) for name, buffer in module.named_buffers()}
         for row in self:
             weight = weights.get(row.name)
@@ -355,7 +366,7 @@ class KappaProfile:
         if not isinstance(state["rows"], list):
             raise ValueError(f"its rows are a {type(state['rows']).__name__}, not a list")
         rows = [KappaRow.from_dict(entry) for entry in state["rows"]]
-        return cls(rows, ProfileSettings(state["solver"], state["rtol"], state["experts"]))
+        return cls(rows, ProfileSettings.from_dict(state))
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from kappa_lightning.weights.part import split_name
+
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
 # The names under which models keep their repeated layers; torchvision joins name and number.
 _LAYER = re.compile(r"(?:^|\.)(?:\w*_)?(?:layers?|blocks?|h|resblocks|stages?)[._](\d+)(?=\.)")
@@ -11,7 +13,7 @@ _JOINED = re.compile(r"(?<=layer_)\d+(?=\.)")
 
 
 def depth_and_role(name: str) -> tuple[int | None, str]:
-    """The layer's index, and the name with the index of the layer and of any expert left out.
+    """The layer's index, and the name with the index of the layer, of any expert and of any head left out.
 
     Returns:
         The number behind the first word such as ``layers`` or ``blocks``, or else the first number (``None`` if there
@@ -20,9 +22,12 @@ def depth_and_role(name: str) -> tuple[int | None, str]:
     Example:
         >>> depth_and_role("model.layers.11.mlp.experts.3.up_proj.weight")
         (11, 'model.layers.*.mlp.experts.*.up_proj.weight')
+        >>> depth_and_role("model.layers.11.mlp.experts.up_proj[3]")
+        (11, 'model.layers.*.mlp.experts.up_proj')
         >>> depth_and_role("embed_tokens.weight")
         (None, 'embed_tokens.weight')
     """
+    name, _ = split_name(name)
     numbered = _LAYER.search(name)
     first = _NUMBER.search(name)
     depth = int(numbered.group(1)) if numbered else int(first.group()) if first else None

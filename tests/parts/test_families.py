@@ -68,7 +68,7 @@ def fused(model: nn.Module, attribute: str) -> tuple[str, nn.Parameter]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_expert_is_a_weight_whose_kappa_is_that_of_its_matrix(family):
     model = build(family)
-    weights = {weight.name: weight for weight in split_into_parts(model, find_weights(model))}
+    weights = {weight.name: weight for weight in split_into_parts(find_weights(model), model)}
     name, parameter = fused(model, "down_proj")
     assert name not in weights
     for expert in range(4):
@@ -84,7 +84,7 @@ def test_each_expert_is_a_weight_whose_kappa_is_that_of_its_matrix(family):
 def test_gate_and_up_apart_are_what_the_layer_multiplies_with(family):
     model = build(family)
     name, parameter = fused(model, "gate_up_proj")
-    weights = {w.name: w for w in split_into_parts(model, find_weights(model), gate_up="apart")}
+    weights = {w.name: w for w in split_into_parts(find_weights(model), model, gate_up="apart")}
     gate, up = weights[f"{name}[2:gate]"].matrices()[0], weights[f"{name}[2:up]"].matrices()[0]
     if family == "GptOss":
         expected = parameter[2][:, ::2], parameter[2][:, 1::2]
@@ -108,7 +108,7 @@ def test_one_expert_trains_and_the_model_computes_what_it_did(family):
     down, gradient = fused(whole, "down_proj")[0], fused(whole, "down_proj")[1].grad
     assert gradient is not None
     hit = next(expert for expert in range(4) if gradient[expert].any())
-    parts = [w.part for w in split_into_parts(model, find_weights(model)) if w.name == f"{down}[{hit}]"]
+    parts = [w.part for w in split_into_parts(find_weights(model), model) if w.name == f"{down}[{hit}]"]
     model.requires_grad_(False)
     training = train_parts(model, [part for part in parts if part is not None])
     logits = model(tokens).logits
@@ -128,7 +128,7 @@ def test_one_expert_trains_and_the_model_computes_what_it_did(family):
 def test_checkpoint_of_a_model_whose_experts_train_loads_without_this_package(tmp_path):
     model = build("Mixtral")
     name, _ = fused(model, "down_proj")
-    parts = [w.part for w in split_into_parts(model, find_weights(model)) if w.name == f"{name}[1]"]
+    parts = [w.part for w in split_into_parts(find_weights(model), model) if w.name == f"{name}[1]"]
     training = train_parts(model, [part for part in parts if part is not None])
     with torch.no_grad():
         training.parameters[f"{name}[1]"].add_(1.0)
@@ -150,7 +150,7 @@ def test_checkpoint_of_a_model_whose_experts_train_loads_without_this_package(tm
 )
 def test_heads_are_as_many_and_as_wide_as_the_configuration_says(family, widths):
     model = build(family)
-    weights = split_into_parts(model, find_weights(model), experts=False, heads=True)
+    weights = split_into_parts(find_weights(model), model, experts=False, heads=True)
     for projection, (count, width) in widths.items():
         found = [weight for weight in weights if f"{projection}.weight[" in weight.name]
         assert len(found) == count
@@ -162,10 +162,10 @@ def test_heads_are_as_many_and_as_wide_as_the_configuration_says(family, widths)
 
 def test_heads_of_gpt2_bert_and_torch_attention():
     gpt2 = transformers.GPT2Model(transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8))
-    names = {weight.name: weight.shape for weight in split_into_parts(gpt2, find_weights(gpt2), heads=True)}
+    names = {weight.name: weight.shape for weight in split_into_parts(find_weights(gpt2), gpt2, heads=True)}
     assert names["h.0.attn.c_attn.weight[k head 1]"] == (8, 4)
     assert names["h.0.attn.c_proj.weight[head 1]"] == (4, 8)
-    key = {w.name: w for w in split_into_parts(gpt2, find_weights(gpt2), heads=True)}
+    key = {w.name: w for w in split_into_parts(find_weights(gpt2), gpt2, heads=True)}
     expected = gpt2.h[0].attn.c_attn.weight[:, 12:16]
     assert torch.equal(key["h.0.attn.c_attn.weight[k head 1]"].matrices()[0], expected)
     bert = transformers.BertModel(
@@ -173,12 +173,12 @@ def test_heads_of_gpt2_bert_and_torch_attention():
             vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
         )
     )
-    names = {weight.name: weight.shape for weight in split_into_parts(bert, find_weights(bert), heads=True)}
+    names = {weight.name: weight.shape for weight in split_into_parts(find_weights(bert), bert, heads=True)}
     assert names["encoder.layer.0.attention.self.query.weight[head 1]"] == (4, 8)
     assert names["encoder.layer.0.attention.output.dense.weight[head 0]"] == (8, 4)
     assert names["encoder.layer.0.output.dense.weight"] == (8, 8)
     layer = nn.TransformerEncoderLayer(8, 2, 16)
-    names = {weight.name: weight.shape for weight in split_into_parts(layer, find_weights(layer), heads=True)}
+    names = {weight.name: weight.shape for weight in split_into_parts(find_weights(layer), layer, heads=True)}
     assert names["self_attn.in_proj_weight[q head 1]"] == (4, 8)
     assert names["self_attn.out_proj.weight[head 0]"] == (8, 4)
     assert names["linear1.weight"] == (16, 8)
@@ -192,4 +192,4 @@ def test_gate_up_without_its_down_projection_says_so():
 
     module = Odd()
     with pytest.raises(ValueError, match="where gate ends"):
-        split_into_parts(module, find_weights(module), gate_up="apart")
+        split_into_parts(find_weights(module), module, gate_up="apart")

@@ -25,7 +25,7 @@ from kappa_lightning.cli.command import Command
 from kappa_lightning.cli.terminal import print_table, printable, say
 from kappa_lightning.files import replacing
 from kappa_lightning.profile import KappaProfile, KappaRow
-from kappa_lightning.profile.settings import EXPERTS
+from kappa_lightning.profile.settings import EACH, EXPERTS
 from kappa_lightning.selection import rank, select
 from kappa_lightning.spectra import SOLVERS
 from kappa_lightning.tables import counted, format_kappa
@@ -39,7 +39,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add_budget(parser)
     add_ranking(parser)
     add_patterns(parser)
-    parser.add_argument("--experts", default="mean", choices=list(EXPERTS), help="how the κ of fused experts combine")
+    parser.add_argument(
+        "--experts",
+        default="mean",
+        choices=[*EXPERTS, EACH],
+        help="how the κ of fused experts combine; each: a row for every expert",
+    )
     add_device(parser)
     parser.add_argument("--solver", default="auto", choices=list(SOLVERS), help="svd is exact and slow")
     parser.add_argument("--rtol", type=float, default=1e-3, help="relative error of κ (default: 0.001)")
