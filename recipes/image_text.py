@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, SimilarityProbe
+from recipes.shared.schedule import warmup_cosine
+from recipes.shared.tensorboard import tensorboard
 
 METHODS = ("full", "kappa")
 PAIRS = Path(__file__).parent / "data" / "sentence_pairs.tsv"
@@ -257,16 +257,8 @@ class ImageTextModel(pl.LightningModule):
             weight_decay=0.0,
             fused=True,
         )
-        steps = self.trainer.estimated_stepping_batches
-        warmup = max(1, int(0.1 * steps))
-
-        def scale(step: int) -> float:
-            return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
-
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, scale), "interval": "step"},
-        }
+        schedule = warmup_cosine(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _show(self, batch: dict[str, Any], guesses: Tensor) -> None:
         for logger in self.loggers:
@@ -423,12 +415,6 @@ def show(results: Sequence[Result], console: Console) -> None:
             f"{result.seconds:.0f}",
         )
     console.print(table)
-
-
-def tensorboard() -> str:
-    """How to call the TensorBoard that is installed beside this Python, from where this was called."""
-    script = Path(sys.executable).with_name("tensorboard")
-    return os.path.relpath(script) if script.is_file() else "tensorboard"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

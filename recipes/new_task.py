@@ -14,7 +14,6 @@ import json
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +22,14 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from kappa_lightning import Probe
-from recipes.image_text import tensorboard
 from recipes.shared.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
 from recipes.shared.comparison import Result, run, show
 from recipes.shared.encoding import Sample
 from recipes.shared.module import load_encoder
-from recipes.shared.pretraining import Schooling
 from recipes.shared.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
-from recipes.shared.small_llama import small_llama
 from recipes.shared.small_models import SMALL_LLAMA
-from recipes.shared.world import NUMBERS
-
-SORTING = "sorting"
-"""The task that needs no file."""
-
-LENGTH = 3
-"""Numbers that are sorted at a time."""
-
-SCHOOLING = Schooling(steps=300, facts=96, samples=0, lr=3e-3)
-
-
-def sorting_samples() -> tuple[list[Sample], list[Sample]]:
-    """Every order of every three numbers below ten, to learn from and to be tested on; no three are in both.
-
-    Example:
-        >>> learned, tested = sorting_samples()
-        >>> len(learned) + len(tested)
-        1000
-    """
-    groups = list(combinations_with_replacement(range(10), LENGTH))
-    random.Random(0).shuffle(groups)
-    held_out = set(groups[: len(groups) // 5])
-    learned: list[Sample] = []
-    tested: list[Sample] = []
-    for number in range(10**LENGTH):
-        digits = [number // 10**place % 10 for place in range(LENGTH)]
-        prompt, answer = (" ".join(NUMBERS[d] for d in order) for order in (digits, sorted(digits)))
-        chosen = tested if tuple(sorted(digits)) in held_out else learned
-        chosen.append(Sample(f"sort {prompt} :", answer))
-    return learned, tested
+from recipes.shared.sorting import SORTING, sorting_samples
+from recipes.shared.tensorboard import tensorboard
 
 
 def read_answers(file: Path) -> list[Sample]:
@@ -139,12 +107,6 @@ def probes_of(model: str, text: str | None) -> tuple[Callable[[], Mapping[str, P
         lambda: {"text": TextPerplexity(model, text, images=False), "agreement": TextAgreement(model, text, False)},
         {"text": "text", "agreement": "agreement"},
     )
-
-
-def small_sorter(cache: Path) -> Path:
-    """The folder of a small Llama that knows the text world, and the words of the task."""
-    words = [f"{sample.prompt} {sample.answer}" for sample in sorting_samples()[0]]
-    return small_llama(cache, sorted({word for text in words for word in text.split()}), SCHOOLING)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -6,7 +6,6 @@ what was known: the accuracy on digits as they are. Of the matrices, five each a
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.forgetting.state import save_state
 from benchmarks.forgetting.task import LOSS
 from kappa_lightning import AccuracyProbe, Probe
+from recipes.shared.schedule import warmup_cosine
 
 WIDTH = 32
 BLOCKS = 5
@@ -81,13 +81,7 @@ class DigitReader(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, warmed up over a tenth of the steps and decayed to zero by a cosine."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0, fused=True)
-        steps = self.trainer.estimated_stepping_batches
-        warmup = max(1, int(0.1 * steps))
-
-        def scale(step: int) -> float:
-            return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        schedule = warmup_cosine(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

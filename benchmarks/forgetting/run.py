@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.forgetting.methods import prepare, walks_back
+from benchmarks.forgetting.registry import TASKS
 from benchmarks.forgetting.state import save_state
-from benchmarks.forgetting.task import LOSS, TASKS
+from benchmarks.forgetting.task import LOSS
 from kappa_lightning import ForgettingEval, Probe
 from kappa_lightning.callbacks.evaluation import evaluate
 from kappa_lightning.files import write_text
@@ -34,7 +35,7 @@ class Plan:
     """What determines a run.
 
     Attributes:
-        task: a key of :data:`~benchmarks.forgetting.task.TASKS`.
+        task: a key of :data:`~benchmarks.forgetting.registry.TASKS`.
         method: see :mod:`benchmarks.forgetting.methods`.
         lr: peak learning rate of the pretrained part.
         seed: of weights, data and order.
@@ -124,7 +125,7 @@ def execute(plan: Plan, folder: Path, *, keep_weights: bool = False) -> Run:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     started = time.perf_counter()
-    task = TASKS[plan.task](plan.options)
+    task = TASKS[plan.task](**plan.options)
     model = task.model(plan.seed, plan.lr, folder)
     data = task.data(model, plan.seed)
     probes = task.probes(model, plan.seed)

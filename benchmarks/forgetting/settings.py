@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.forgetting.methods import check_method
+from benchmarks.forgetting.registry import TASKS
 from benchmarks.forgetting.run import Plan
-from benchmarks.forgetting.task import TASKS
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Settings:
     """What is compared; every field is an entry of the TOML file under its name.
 
     Attributes:
-        task: a key of :data:`~benchmarks.forgetting.task.TASKS`.
+        task: a key of :data:`~benchmarks.forgetting.registry.TASKS`.
         methods: see :mod:`benchmarks.forgetting.methods`; ``full`` must be among them, since it sets the loss levels.
         lrs: the learning rates from which each method's is chosen.
         widen: how often the grid may grow, for each method, by one rate beyond the best one if that is at its end.

@@ -1,8 +1,7 @@
-"""What the comparison needs to know of a task; a new one is a class like these and a line in :data:`TASKS`."""
+"""What the comparison needs to know of a task; a new one is such a class and a line in the registry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -40,28 +39,3 @@ class Task(Protocol):
 
     def probes(self, model: pl.LightningModule, seed: int) -> dict[str, Probe]:
         """What the model could do before."""
-
-
-Options = Mapping[str, str]
-
-
-def _digits(options: Options) -> Task:
-    from benchmarks.forgetting.digits import InvertedDigits
-
-    return InvertedDigits(**options)
-
-
-def _scenes(options: Options) -> Task:
-    from benchmarks.forgetting.scenes import TwoDigitScenes
-
-    return TwoDigitScenes(**options)
-
-
-def _captions(options: Options) -> Task:
-    from benchmarks.forgetting.captions import NewCaptions
-
-    return NewCaptions(**options)
-
-
-TASKS: dict[str, Callable[[Options], Task]] = {"digits": _digits, "scenes": _scenes, "captions": _captions}
-"""The tasks by name: each a function from the options of a configuration to the task, which imports what it needs."""

@@ -11,12 +11,12 @@ from rich.console import Console
 from kappa_lightning import Probe
 from recipes.captioning.data import SCENES, CaptionData
 from recipes.captioning.probes import CaptionPerplexity, OldVision
-from recipes.captioning.scenes import DESCRIBE
-from recipes.image_text import tensorboard
 from recipes.shared.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
 from recipes.shared.comparison import Result, run, show
 from recipes.shared.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
+from recipes.shared.shapes import DESCRIBE
 from recipes.shared.small_models import SMALL_LLAVA
+from recipes.shared.tensorboard import tensorboard
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

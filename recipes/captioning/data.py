@@ -12,9 +12,9 @@ import lightning.pytorch as pl
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from recipes.captioning.scenes import DESCRIBE, random_scene
 from recipes.shared.encoding import Encoder, Sample
 from recipes.shared.module import load_encoder
+from recipes.shared.shapes import DESCRIBE, random_scene
 
 SCENES = "scenes"
 """The data that needs no file: pictures drawn with Pillow."""

@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, Subset
 
 from kappa_lightning import PerplexityProbe
 from recipes.captioning.data import open_images
-from recipes.captioning.small_llava import draw_question
 from recipes.shared.encoding import Sample
 from recipes.shared.module import load_encoder
 from recipes.shared.probes import AnswerAccuracy, drawn
+from recipes.shared.small_llava import draw_question
 from recipes.shared.small_models import SMALL_LLAVA
 
 

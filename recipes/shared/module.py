@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from kappa_lightning import KappaProfile, lora_targets
 from recipes.shared.encoding import Encoder, prompt_of
 from recipes.shared.pictures import answers_figure, answers_markdown
+from recipes.shared.schedule import warmup_cosine
 from recipes.shared.small_models import locate
 from recipes.shared.towers import Towers, parts_of, trained_parts
 
@@ -133,16 +133,8 @@ class GenerativeModule(pl.LightningModule):
             {"params": adapters, "lr": self.hparams["lora_lr"], "name": "adapters"},
         ]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-        steps = self.trainer.estimated_stepping_batches
-        warmup = max(1, int(0.1 * steps))
-
-        def scale(step: int) -> float:
-            return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
-
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, scale), "interval": "step"},
-        }
+        schedule = warmup_cosine(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _show(self, samples: list[Any], answers: list[str]) -> None:
         for logger in self.loggers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kappa_lightning.probes.metrics import IGNORED
 from recipes.shared.encoding import Sample
+from recipes.shared.schedule import warmup_cosine
 from recipes.shared.world import Fact
 
 Encode = Callable[[Sequence[Sample]], dict[str, Any]]
@@ -89,11 +89,7 @@ def school(
     """
     rng = random.Random(schooling.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=schooling.lr, betas=(0.9, 0.98), weight_decay=0.01)
-
-    def scale(step: int) -> float:
-        return min((step + 1) / (0.1 * schooling.steps), 0.5 * (1 + math.cos(math.pi * step / schooling.steps)))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    scheduler = warmup_cosine(optimizer, schooling.steps)
     deck = _deck(facts, rng)
     model.train()
     with tqdm(range(schooling.steps), desc="Pretraining the small model", unit="step", dynamic_ncols=True) as steps:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from recipes.shared.small_llava import small_llava
+from recipes.shared.sorting import small_sorter
+
 CACHE = Path(__file__).parents[2] / "runs" / "cache"
 """Where they are kept once they were trained."""
 
@@ -19,11 +22,7 @@ def is_small(model: str) -> bool:
 def locate(model: str) -> str:
     """The folder of a small model, which is trained if it is not there yet; any other name as it is."""
     if model == SMALL_LLAVA:
-        from recipes.captioning.small_llava import small_llava
-
         return str(small_llava(CACHE))
     if model == SMALL_LLAMA:
-        from recipes.new_task import small_sorter
-
         return str(small_sorter(CACHE))
     return model

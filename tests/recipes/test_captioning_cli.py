@@ -7,7 +7,6 @@ import pytest
 import yaml
 from families import make
 
-import recipes.captioning.small_llava
 from recipes.captioning.__main__ import main
 from recipes.captioning.cli import lightning_cli
 from recipes.captioning.compare import compare, parse
@@ -23,8 +22,8 @@ BRIEF = Schooling(steps=40, facts=32, samples=8, lr=3e-3)
 def _hardly_pretrained(tmp_path, monkeypatch):
     """The small LLaVA after a few steps, in a folder of its own."""
     monkeypatch.setattr(small_models, "CACHE", tmp_path / "cache")
-    brief = partial(recipes.captioning.small_llava.small_llava, reading=BRIEF, eye_steps=1, seeing=BRIEF)
-    monkeypatch.setattr(recipes.captioning.small_llava, "small_llava", brief)
+    brief = partial(small_models.small_llava, reading=BRIEF, eye_steps=1, seeing=BRIEF)
+    monkeypatch.setattr(small_models, "small_llava", brief)
 
 
 def replaced(value, names):

@@ -5,11 +5,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes import new_task
-from recipes.new_task import read_answers, sorting_samples
-from recipes.shared import small_models
-from recipes.shared.encoding import Encoder
+from recipes.new_task import read_answers
+from recipes.shared import small_models, sorting
+from recipes.shared.encoding import Encoder, Sample
 from recipes.shared.module import GenerativeModule
 from recipes.shared.pretraining import Schooling
+from recipes.shared.small_llama import small_llama
+from recipes.shared.sorting import sorting_samples
 from recipes.shared.world import NUMBERS, facts, word_tokenizer
 
 VALUES = {word: value for value, word in enumerate(NUMBERS)}
@@ -42,8 +44,8 @@ def test_facts_are_true_where_arithmetic_can_tell():
 
 def test_text_answers_are_all_that_is_labeled():
     encoder = Encoder(word_tokenizer(["sort two one zero :"]))
-    sample = new_task.Sample("sort two one :", "one two")
-    short = new_task.Sample("sort one :", "one")
+    sample = Sample("sort two one :", "one two")
+    short = Sample("sort one :", "one")
     batch = encoder([sample, short])
     tokens = [encoder.tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch["inputs"]["input_ids"]]
     assert tokens == [
@@ -64,7 +66,7 @@ def test_line_of_another_form_is_named(tmp_path, line):
 
 def test_a_short_run_of_every_method_gives_its_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(small_models, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(new_task, "SCHOOLING", Schooling(steps=40, facts=32, samples=0, lr=3e-3))
+    monkeypatch.setattr(sorting, "SCHOOLING", Schooling(steps=40, facts=32, samples=0, lr=3e-3))
     options = ["--epochs", "1", "--steps-per-epoch", "2", "--batch-size", "8", "--test-size", "4"]
     results = new_task.main([*options, "--log-dir", str(tmp_path / "runs"), "--accelerator", "cpu"])
     assert [result.method for result in results] == ["full", "kappa", "lora", "kappa-lora"]
@@ -83,9 +85,9 @@ def test_a_short_run_of_every_method_gives_its_row(tmp_path, monkeypatch, capsys
 
 def test_small_model_depends_on_its_seed_alone(tmp_path):
     schooling = Schooling(steps=2, facts=4, samples=0)
-    folders = [new_task.small_llama(tmp_path / name, [], schooling) for name in ("one", "other")]
+    folders = [small_llama(tmp_path / name, [], schooling) for name in ("one", "other")]
     torch.manual_seed(9)
-    folders.append(new_task.small_llama(tmp_path / "third", [], schooling))
+    folders.append(small_llama(tmp_path / "third", [], schooling))
     assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
     assert len({folder.name for folder in folders}) == 1
 
@@ -97,7 +99,7 @@ def test_padding_does_not_move_positions_that_are_learned(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     module = GenerativeModule(str(tmp_path), images=False).eval()
-    samples = [new_task.Sample("sort two one zero :", "one two"), new_task.Sample("sort :", "one")]
+    samples = [Sample("sort two one zero :", "one two"), Sample("sort :", "one")]
     together = module.loss(module.encoder(samples))
     apart = [module.loss(module.encoder([sample])) for sample in samples]
     # Three and two tokens, end tokens included.

@@ -3,7 +3,6 @@ from functools import partial
 import pytest
 import torch
 
-import recipes.captioning.small_llava
 from benchmarks.forgetting.captions import NewCaptions
 from benchmarks.forgetting.methods import prepare
 from benchmarks.forgetting.run import Plan, execute
@@ -22,8 +21,8 @@ PLAN = Plan(
 def _hardly_pretrained(tmp_path_factory, monkeypatch):
     """The small LLaVA after a few steps, in a folder of its own."""
     monkeypatch.setattr(small_models, "CACHE", tmp_path_factory.getbasetemp() / "compare-captions")
-    brief = partial(recipes.captioning.small_llava.small_llava, reading=BRIEF, eye_steps=1, seeing=BRIEF)
-    monkeypatch.setattr(recipes.captioning.small_llava, "small_llava", brief)
+    brief = partial(small_models.small_llava, reading=BRIEF, eye_steps=1, seeing=BRIEF)
+    monkeypatch.setattr(small_models, "small_llava", brief)
 
 
 def test_run_trains_projector_and_low_kappa_matrices_and_starts_at_the_loss_of_the_captions(tmp_path):

@@ -20,7 +20,9 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_torchvision_available
 
-from recipes.captioning.scenes import (
+from recipes.shared.encoding import Encoder, Sample
+from recipes.shared.pretraining import Schooling, cached, school, settings_of
+from recipes.shared.shapes import (
     COLOURS,
     CORNER,
     COUNTS,
@@ -32,8 +34,6 @@ from recipes.captioning.scenes import (
     random_single,
     words,
 )
-from recipes.shared.encoding import Encoder, Sample
-from recipes.shared.pretraining import Schooling, cached, school, settings_of
 from recipes.shared.small_llama import language_config
 from recipes.shared.world import facts, word_tokenizer
 

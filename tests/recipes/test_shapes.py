@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from recipes.captioning.data import DrawnScenes
-from recipes.captioning.scenes import (
+from recipes.shared.shapes import (
     CELL,
     COLOURS,
     CORNERS,
@@ -15,7 +15,7 @@ from recipes.captioning.scenes import (
     random_scene,
     random_single,
 )
-from recipes.captioning.small_llava import draw_question
+from recipes.shared.small_llava import draw_question
 
 
 def groups_of(caption):

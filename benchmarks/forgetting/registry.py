@@ -1,0 +1,13 @@
+"""The tasks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.forgetting.captions import NewCaptions
+from benchmarks.forgetting.digits import InvertedDigits
+from benchmarks.forgetting.scenes import TwoDigitScenes
+from benchmarks.forgetting.task import Task
+
+TASKS: dict[str, Callable[..., Task]] = {"digits": InvertedDigits, "scenes": TwoDigitScenes, "captions": NewCaptions}
+"""Each takes the options of a configuration as keyword arguments."""
