@@ -1,14 +1,10 @@
-"""What a command is, and how the commands are found."""
+"""What a command is."""
 
 from __future__ import annotations
 
-import pkgutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-
-from kappa_lightning.cli import commands
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +29,3 @@ class Command:
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], int]
     resumes: Callable[[Namespace], bool] = lambda _: False
-
-
-def names() -> list[str]:
-    """The commands' names, sorted, without importing them."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(commands.__path__))
-
-
-def load(name: str) -> Command:
-    """Import the command of a name."""
-    module = import_module(f"{commands.__name__}.{name.replace('-', '_')}")
-    command: Command = module.COMMAND
-    return command

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import shtab
 import torch
 
-from kappa_lightning.cli.command import Command, load, names
+from kappa_lightning.cli.command import Command
+from kappa_lightning.cli.registry import load, names
 from kappa_lightning.cli.terminal import discard_output, prepare_streams, printable
 from kappa_lightning.version import __version__
 

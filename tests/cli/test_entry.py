@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import kappa_lightning
-from kappa_lightning.cli import command, commands, main
+from kappa_lightning.cli import commands, main, registry
 
 HELLO = """
 from kappa_lightning.cli.command import Command
@@ -44,7 +44,7 @@ def hello(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("hello")
 def test_a_file_in_the_folder_is_a_command(capsys):
-    assert "say-hello" in command.names()
+    assert "say-hello" in registry.names()
     assert main(["say-hello", "--name", "me"]) == 3
     assert capsys.readouterr().out == "hello me\n"
 
@@ -56,14 +56,14 @@ def test_help_lists_all_commands_with_an_example_each(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     examples = text[text.index("examples:") :]
-    for name in command.names():
+    for name in registry.names():
         assert re.search(rf"^    {name}\s", text, re.M)
         assert f"\n  kappa-lightning {name}" in examples
 
 
-@pytest.mark.parametrize("name", command.names())
+@pytest.mark.parametrize("name", registry.names())
 def test_every_command_explains_itself_and_its_example_is_one(name, capsys):
-    loaded = command.load(name)
+    loaded = registry.load(name)
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
     assert caught.value.code == 0
