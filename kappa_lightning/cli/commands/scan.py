@@ -22,6 +22,7 @@ from kappa_lightning.cli.arguments import (
     size_in_bytes,
 )
 from kappa_lightning.cli.command import Command
+from kappa_lightning.cli.plan import show_plan
 from kappa_lightning.cli.terminal import print_table, printable, say
 from kappa_lightning.files import replacing
 from kappa_lightning.profile import KappaProfile, KappaRow
@@ -56,11 +57,21 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     add_output(parser, "--out", "save the profile; an interrupted scan goes on from there")
     add_output(parser, "--figure", "draw the profile (.png, .pdf, .svg)")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="decompose nothing: print what this scan and a fine-tuning would take, from the shapes alone",
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="with --plan: how many devices like this one share the work"
+    )
     parser.add_argument("--names", action="store_true", help="print only the names of what trains, one a line")
 
 
 def _scan(args: Namespace) -> int:
     budget = budget_of(args)
+    if args.plan:
+        return show_plan(args)
     require_writable(args.out, args.figure)
     if args.figure is not None:
         _require_known_format(args.figure)
