@@ -284,7 +284,7 @@ class KappaFreezeCallback(Callback):
         for weight in included(weights, module, self.include, self.exclude):
             if weight.name in always:
                 continue
-            if weight.name in trainable:
+            if not trainable.isdisjoint((weight.name, *weight.companions)):
                 candidates.append(weight)
             else:
                 frozen_before += 1
@@ -316,7 +316,7 @@ class KappaFreezeCallback(Callback):
         parameters = plain_parameters(module)
         always = match_parameters(module, self.always_train, argument="always_train")
         for name in sorted(always):
-            if not parameters[name].is_floating_point():
+            if not (parameters[name].is_floating_point() or parameters[name].is_complex()):
                 raise TypeError(f"always_train matches {name}, which is {parameters[name].dtype} and cannot be trained")
         stay = [name for name in sorted(always) if name not in trainable]
         if stay:

@@ -108,7 +108,7 @@ class KappaMonitor(Callback):
         adapter_for(trainer).settle(pl_module)
         # Not on_fit_start: by now every callback has frozen what it freezes, whatever their order.
         self._weights = {weight.name: weight for weight in self._watched(pl_module)}
-        self._trained = {name for name, weight in self._weights.items() if _trains(weight)}
+        self._trained = {name for name, weight in self._weights.items() if weight.is_trainable}
         resumed = trainer.ckpt_path is not None and self._restored is not None
         continued = trainer.global_step > 0 and self._module is not None and self._module() is pl_module
         if self._restored is not None and resumed:
@@ -145,7 +145,7 @@ class KappaMonitor(Callback):
             return
         if self.history[-1]["epoch"] == trainer.current_epoch + 1:
             return
-        trained = {name for name, weight in self._weights.items() if _trains(weight)}
+        trained = {name for name, weight in self._weights.items() if weight.is_trainable}
         # One that another callback froze meanwhile has changed since its last figure, too.
         moving = {name: self._weights[name] for name in self._weights if name in trained | self._trained}
         self._trained = trained
@@ -180,7 +180,7 @@ class KappaMonitor(Callback):
     def _watched(self, module: pl.LightningModule) -> list[Weight]:
         weights = find_weights(module)
         if self.tensors == "trainable":
-            weights = [weight for weight in weights if _trains(weight)]
+            weights = [weight for weight in weights if weight.is_trainable]
         elif not isinstance(self.tensors, str):
             wanted = match_parameters(module, self.tensors, argument="tensors")
             weights = [weight for weight in weights if weight.name in wanted]
@@ -233,10 +233,6 @@ def drift(before: float, now: float) -> float:
     if math.isinf(before) or math.isinf(now):
         return 0.0 if before == now else math.copysign(math.inf, now - before)
     return math.log10(now / before)
-
-
-def _trains(weight: Weight) -> bool:
-    return weight.parameter is not None and weight.parameter.requires_grad
 
 
 def _profile_at_start(trainer: pl.Trainer) -> KappaProfile | None:

@@ -58,10 +58,14 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     the random blocks, which are the same in every call: equal weights give equal κ, and no random number generator is
     touched.
 
+    A complex matrix A + iB has the singular values of the real [[A, −B], [B, A]], where each stands twice (Golub and
+    Van Loan, Matrix Computations, §1.3.7), and is worked on in that form.
+
     The input is neither modified nor kept, and no gradient flows.
 
     Args:
-        matrix: shape (..., rows, cols), any real floating dtype. What is shown is shown in float64 whatever the dtype.
+        matrix: shape (..., rows, cols), any floating dtype, real or complex. What is shown is shown in float64 whatever
+            the dtype.
         rtol: wanted relative error of κ.
         solver: ``"auto"``, or ``"svd"`` for all singular values in float64.
         memory_budget: bytes of working memory, by default a quarter of what is free on the matrix's device.
@@ -70,7 +74,7 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
         Tensors of shape (...), float64, on the matrix's device (on the CPU for MPS, which has no float64).
 
     Raises:
-        TypeError: the dtype is not a real floating one.
+        TypeError: the dtype is not a floating one.
         ValueError: fewer than two dimensions, an empty matrix, an entry that is NaN or infinite, or an argument out
             of range.
 
@@ -84,15 +88,16 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     """
     check_options(solver=solver, rtol=rtol)
     check_memory_budget(memory_budget)
-    if not matrix.dtype.is_floating_point:
-        raise TypeError(
-            f"singular values need a real floating dtype, got {matrix.dtype}; convert or dequantize it first"
-        )
+    if not (matrix.is_floating_point() or matrix.is_complex()):
+        raise TypeError(f"singular values need a floating dtype, got {matrix.dtype}; convert or dequantize it first")
     if matrix.ndim < 2:
         raise ValueError(f"expected at least 2 dimensions (..., rows, cols), got shape {tuple(matrix.shape)}")
     rows, cols = matrix.shape[-2:]
     if rows == 0 or cols == 0:
         raise ValueError(f"a matrix without entries has no singular values, got shape {tuple(matrix.shape)}")
+
+    if matrix.is_complex():
+        return _of_real_form(spectrum(_real_form(matrix), rtol=rtol, solver=solver, memory_budget=memory_budget))
 
     batch = matrix.shape[:-2]
     stack = matrix.detach().reshape(-1, rows, cols)
@@ -131,7 +136,7 @@ def condition_number(
     """Compute κ = σ_max / σ_min alone; see :func:`spectrum`, whose arguments and errors these are.
 
     Args:
-        matrix: shape (..., rows, cols), any real floating dtype.
+        matrix: shape (..., rows, cols), any floating dtype, real or complex.
         rtol: wanted relative error of κ.
         solver: ``"auto"`` or ``"svd"``.
         memory_budget: bytes of working memory.
@@ -159,6 +164,24 @@ def check_memory_budget(memory_budget: int | None) -> None:
     """Raise a ValueError if there is a budget and it is not a positive number of bytes."""
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+
+
+def _real_form(matrix: Tensor) -> Tensor:
+    """[[A, −B], [B, A]] of A + iB: shape (..., 2·rows, 2·cols)."""
+    real, imaginary = matrix.real, matrix.imag
+    return torch.cat([torch.cat([real, -imaginary], -1), torch.cat([imaginary, real], -1)], -2)
+
+
+def _of_real_form(doubled: Spectrum) -> Spectrum:
+    """The spectrum of a complex matrix from that of its real form, which has every singular value twice."""
+    return Spectrum(
+        kappa=doubled.kappa,
+        sigma_max=doubled.sigma_max,
+        sigma_min=doubled.sigma_min,
+        log_volume=doubled.log_volume / 2,
+        frobenius_norm=doubled.frobenius_norm / math.sqrt(2),
+        rtol=doubled.rtol,
+    )
 
 
 def _assemble(values: Values, batch: torch.Size, ratio: Tensor | None = None) -> Spectrum:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def is_quantized(parameter: Tensor) -> bool:
     """Whether a weight's stored numbers are not the ones it stands for."""
     return (
-        not parameter.is_floating_point()
+        not (parameter.is_floating_point() or parameter.is_complex())
         or parameter.is_quantized
         or _kind(parameter) in ("Params4bit", "Int8Params")
         or _is_torchao(parameter)

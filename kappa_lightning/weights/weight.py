@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class Weight:
         view: turns that tensor into matrices.
         parameter: the parameter, if the weight is a model's.
         companions: the names of further parameters that the weight is made from, where it is parametrized.
-        is_made: whether it is parametrized, so that reading it computes it.
+        makers: if reading it computes it (a parametrization, a norm of the weight), all parameters that it is made
+            from, ``parameter`` among them.
         part: which part of the parameter it is, if it is not the whole.
     """
 
@@ -38,7 +40,7 @@ class Weight:
     view: View
     parameter: nn.Parameter | None = None
     companions: tuple[str, ...] = ()
-    is_made: bool = False
+    makers: tuple[nn.Parameter, ...] = ()
     part: Part | None = None
 
     @property
@@ -47,9 +49,31 @@ class Weight:
         return self.view is as_stack and self.shape[0] > 1
 
     @property
+    def is_made(self) -> bool:
+        """Whether reading it computes it."""
+        return bool(self.makers)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What it is made from; of a checkpoint's weight, nothing."""
+        return self.makers or (() if self.parameter is None else (self.parameter,))
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether something that it is made from requires a gradient, so that training moves it."""
+        return any(parameter.requires_grad for parameter in self.parameters)
+
+    @property
     def is_sharded(self) -> bool:
         """Whether each process holds a part of it, so that all must read it together."""
-        return self.parameter is not None and is_sharded(self.parameter)
+        return any(is_sharded(parameter) for parameter in self.parameters)
+
+    @property
+    def layout(self) -> str:
+        """How :meth:`matrices` reads it: as a matrix, a stack, a convolution or a transposed one."""
+        if isinstance(self.view, partial):
+            return f"transposed convolution of {self.view.keywords['groups']} group(s)"
+        return "matrix" if self.view is as_matrix else "stack" if self.view is as_stack else "convolution"
 
     @property
     def stack_shape(self) -> tuple[int, int, int]:

@@ -241,7 +241,7 @@ def test_weight_norm_of_the_old_style_is_read_as_the_layer_uses_it():
 
 
 def originals(module, layer):
-    prefix = f"{layer}.parametrizations.weight.original"
+    prefix = f"{layer}.parametrizations.weight."
     return [name for name, _ in module.named_parameters() if name.startswith(prefix)]
 
 
@@ -255,7 +255,7 @@ def test_all_that_a_selected_weight_is_made_from_trains(kind, tmp_path):
 
 
 @pytest.mark.parametrize("train_vectors", [False, True])
-@pytest.mark.parametrize("kind", ["weight_norm", "orthogonal", "symmetric", "product"])
+@pytest.mark.parametrize("kind", ["weight_norm", "orthogonal", "symmetric", "product", "stretched"])
 def test_weight_that_is_not_selected_is_bit_identical_after_training(kind, train_vectors, tmp_path):
     net = Net(high=parametrized(kind), low=linear(1.0))
     with torch.no_grad():
