@@ -2,6 +2,9 @@
 
 from kappa_lightning.probes.accuracy import AccuracyProbe
 from kappa_lightning.probes.agreement import AgreementProbe
+from kappa_lightning.probes.generated import generate_text, load_text, save_text
+from kappa_lightning.probes.inputs import GeneratedText, ReferenceInputs, TaskInputs, resolve_reference
+from kappa_lightning.probes.output import Bernoulli, Categorical, Gaussian, Joint, OutputDistribution, similarity
 from kappa_lightning.probes.perplexity import PerplexityProbe, next_token_labels
 from kappa_lightning.probes.probe import Probe, Step, known_length
 from kappa_lightning.probes.similarity import SimilarityProbe
@@ -9,10 +12,23 @@ from kappa_lightning.probes.similarity import SimilarityProbe
 __all__ = [
     "AccuracyProbe",
     "AgreementProbe",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "GeneratedText",
+    "Joint",
+    "OutputDistribution",
     "PerplexityProbe",
     "Probe",
+    "ReferenceInputs",
     "SimilarityProbe",
     "Step",
+    "TaskInputs",
+    "generate_text",
     "known_length",
+    "load_text",
     "next_token_labels",
+    "resolve_reference",
+    "save_text",
+    "similarity",
 ]

@@ -1,0 +1,134 @@
+"""What an arbitrary module says of a batch, where it can be told without the user's help."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kappa_lightning.probes.output import Bernoulli, Categorical, OutputDistribution
+
+_HELP = (
+    "say how with a method output_distribution(self, batch) of the module, or with reference=ReferenceInputs(batches, "
+    "output=…) or TaskInputs(output=…), that return a distribution of kappa_lightning.probes.output: Categorical, "
+    "Bernoulli, Gaussian, similarity or Joint"
+)
+_LABELS = ("labels", "label", "target", "targets")
+
+
+def predictions(module: nn.Module, batch: Any) -> OutputDistribution:
+    """The output distribution of a module for a batch, labels or not.
+
+    - *A mapping:* the transformers model in the module that returns logits, or else the module itself, is called with
+      those entries that it takes. Of a causal model every token that is attended to counts, but for those that stand
+      for an image; of an encoder-decoder every label.
+    - *A sequence or a tensor:* the module is called with the first entry. If the batch has integer labels, they say in
+      which dimension the classes are; without labels the last one is taken for classes.
+
+    Raises:
+        TypeError: if the module has no forward of its own, returns no logits, or the labels are no classes, so that
+            the outputs may be anything.
+    """
+    if isinstance(batch, Mapping):
+        return _of_mapping(module, batch)
+    inputs = batch[0] if isinstance(batch, Sequence) else batch
+    labels = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+    if _has_no_forward(module):
+        raise TypeError(
+            f"{type(module).__name__} defines no forward, so what it says of a batch is not known: define it, or "
+            f"{_HELP}"
+        )
+    return _of_logits(module, _logits(module, module(inputs)), labels)
+
+
+def _of_mapping(module: nn.Module, batch: Mapping[str, Any]) -> OutputDistribution:
+    model = _transformers_model(module)
+    if model is None:
+        if _has_no_forward(module):
+            raise TypeError(
+                f"{type(module).__name__} neither holds a transformers model that returns logits nor defines a "
+                f"forward, so what it says of a batch is not known: {_HELP}"
+            )
+        labels = next((batch[name] for name in _LABELS if name in batch), None)
+        inputs = {k: v for k, v in batch.items() if k not in _LABELS}
+        return _of_logits(module, _logits(module, module(**inputs)), labels)
+    config = model.config
+    decoded = config.is_encoder_decoder
+    labels = batch.get("labels")
+    inputs = _taken(model, batch, but=() if decoded else ("labels",))
+    logits = _logits(model, model(**inputs))
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return Bernoulli(logits)
+    if problem == "regression" or (logits.ndim == 2 and logits.shape[-1] == 1):
+        raise TypeError(f"{type(model).__name__} is a regression, whose scale is not known: {_HELP}")
+    if logits.ndim == 3:
+        counts = _counted(config, batch, labels if decoded else None, logits.shape[:2])
+        return Categorical(logits, None if counts is None else counts.to(logits.device))
+    return _of_logits(model, logits, labels)
+
+
+def _counted(config: Any, batch: Mapping[str, Any], labels: Tensor | None, shape: torch.Size) -> Tensor | None:
+    if labels is not None:
+        return labels != -100
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    counts = None
+    if isinstance(mask, Tensor) and mask.shape == shape:
+        counts = mask.bool()
+    if isinstance(ids, Tensor) and ids.shape == shape:
+        for name in ("image_token_id", "image_token_index"):
+            token = getattr(config, name, None)
+            if token is not None:
+                counts = (ids != token) if counts is None else counts & (ids != token)
+    return counts
+
+
+def _transformers_model(module: nn.Module) -> Any | None:
+    """The outermost model of transformers that has a head: one that is made for something."""
+    for submodule in module.modules():
+        config = getattr(submodule, "config", None)
+        if hasattr(config, "is_encoder_decoder") and hasattr(type(submodule), "from_pretrained"):
+            returned = str(inspect.signature(type(submodule).forward).return_annotation)
+            if "For" in type(submodule).__name__ or "LMHead" in type(submodule).__name__ or "LM" in returned:
+                return submodule
+    return None
+
+
+def _taken(model: nn.Module, batch: Mapping[str, Any], but: Sequence[str]) -> dict[str, Any]:
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {k: v for k, v in batch.items() if k not in but and (anything or k in parameters)}
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    # LightningModule defines one that only hands on to nn.Module's, which raises.
+    defined = getattr(type(module).forward, "__qualname__", "")
+    return defined.startswith(("LightningModule.", "Module.", "_forward_unimplemented"))
+
+
+def _logits(module: nn.Module, output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise TypeError(f"the forward of {type(module).__name__} returned {found}, which are no logits: {_HELP}")
+    return logits
+
+
+def _of_logits(module: nn.Module, logits: Tensor, labels: Any) -> Categorical:
+    if logits.shape[-1] == 1:
+        raise TypeError(f"{type(module).__name__} has one output, which is no softmax: {_HELP}")
+    if labels is None:
+        return Categorical(logits)
+    if isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex():
+        if labels.shape == logits.shape[:-1]:
+            return Categorical(logits)
+        if labels.shape == logits.shape[:1] + logits.shape[2:]:
+            return Categorical(logits.movedim(1, -1))
+    what = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+    raise TypeError(
+        f"{type(module).__name__} returns {tuple(logits.shape)} and the batch's labels are {what}, so its outputs are "
+        f"not the logits of a softmax over classes: {_HELP}"
+    )
