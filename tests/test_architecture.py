@@ -19,6 +19,7 @@ ORDER = [
     "kappa_lightning.files",
     "kappa_lightning.fingerprint",
     "kappa_lightning.processes",
+    "kappa_lightning.restoring",
     # The way of one weight.
     "kappa_lightning.spectra",
     "kappa_lightning.weights",
