@@ -29,7 +29,7 @@ def sigma_max(matrix: Matrix) -> float:
 @register("kappa_norm")
 @per_matrix
 def kappa_norm(matrix: Matrix) -> float:
-    """κ·‖W‖_F: round and quiet first."""
+    """κ·‖W‖_F: what is near a multiple of an orthogonal matrix, and short, first."""
     return matrix.kappa * matrix.frobenius_norm
 
 

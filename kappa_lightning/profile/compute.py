@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from kappa_lightning.fingerprint import fingerprint
+from kappa_lightning.profile.gpu import batches_of_one_shape, loaded
 from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.row import KappaRow
 from kappa_lightning.profile.settings import EXPERTS, ProfileSettings
 from kappa_lightning.profile.threads import Crew, decompose_threaded
 from kappa_lightning.spectra import Spectrum, free_memory, spectrum
 from kappa_lightning.weights import Weight
-
-# Of each entry of a batch: the stored number, its place in the batch, and both in the next batch.
-_WORKING_BYTES = 16
 
 Decompose = Callable[[Tensor], Spectrum]
 
@@ -65,11 +62,11 @@ def compute_rows(
     finish = partial(_finish, decompose=decompose, experts=settings.combine, journal=journal)
     if target is not None and target.type == "cpu" and memory is not None:
         crew = Crew.of(weights, torch.get_num_threads(), memory)
-        if crew.shared:
+        if crew.parallel:
             share = partial(decompose, memory_budget=max(1, memory // crew.workers))
             yield from _finish_threaded(crew, target, decompose=share, experts=settings.combine, journal=journal)
-        weights = crew.alone
-    for batch, tensors in _loaded(_batches(weights, target, memory), target):
+        weights = crew.serial
+    for batch, tensors in _batches(weights, target, memory):
         yield from finish(batch, tensors)
         # Let go before the next batch is read, or two would be in memory.
         del tensors
@@ -109,7 +106,7 @@ def _finish(
 def _finish_threaded(
     crew: Crew, device: torch.device, *, decompose: Decompose, experts: str, journal: Journal | None
 ) -> Iterator[KappaRow]:
-    """The rows of a crew's shared weights, from the journal where it has them."""
+    """The rows of a crew's parallel weights, from the journal where it has them."""
     known: list[KappaRow] = []
 
     def read(weight: Weight) -> Tensor | None:
@@ -173,57 +170,15 @@ def _row(weight: Weight, spectra: Spectrum, content: str, experts: str) -> Kappa
     )
 
 
-def _batches(weights: Sequence[Weight], device: torch.device | None, budget: int | None) -> list[list[Weight]]:
-    """Weights whose matrices have one shape, in groups that fit the memory of a GPU; single ones elsewhere."""
-    if device is None or device.type != "cuda" or budget is None:
-        return [[weight] for weight in weights]
-    filling: dict[tuple[object, ...], tuple[list[Weight], int]] = {}
-    batches: list[list[Weight]] = []
-    for weight in weights:
-        count, rows, cols = weight.stack_shape
-        size = count * rows * cols * _WORKING_BYTES
-        key = (rows, cols, weight.dtype)
-        batch, used = filling.get(key, ([], budget))
-        if used + size > budget:
-            batch, used = [], 0
-            batches.append(batch)
-        batch.append(weight)
-        filling[key] = (batch, used + size)
-    return batches
-
-
-def _loaded(
-    batches: Sequence[list[Weight]], device: torch.device | None
+def _batches(
+    weights: Sequence[Weight], device: torch.device | None, budget: int | None
 ) -> Iterator[tuple[list[Weight], list[Tensor]]]:
-    """Each batch with its tensors on the device; on a GPU the next batch is on its way meanwhile."""
-    if device is None or device.type != "cuda":
-        for batch in batches:
-            yield batch, [weight.read() if device is None else weight.read().to(device) for weight in batch]
+    """Weights with their tensors on the device: on a GPU several of one shape, one after the other elsewhere."""
+    if device is not None and device.type == "cuda" and budget is not None:
+        yield from loaded(batches_of_one_shape(weights, budget), device)
         return
-    torch.cuda.synchronize(device)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: Future[list[Tensor]] = pool.submit(_copy, batches[0], device, stream)
-        for index, batch in enumerate(batches):
-            tensors = waiting.result()
-            if index + 1 < len(batches):
-                waiting = pool.submit(_copy, batches[index + 1], device, stream)
-            for tensor in tensors:
-                # The allocator must not hand this memory to the copying stream while the arithmetic still reads it.
-                tensor.record_stream(torch.cuda.current_stream(device))
-            yield batch, tensors
-
-
-def _copy(batch: Sequence[Weight], device: torch.device, stream: torch.cuda.Stream) -> list[Tensor]:
-    with torch.cuda.stream(stream), torch.no_grad():
-        tensors = []
-        for weight in batch:
-            tensor = weight.read()
-            # Only pinned memory is copied without holding up the thread that feeds the GPU.
-            pinned = tensor if tensor.is_cuda else tensor.contiguous().pin_memory()
-            tensors.append(pinned.to(device, non_blocking=True))
-        stream.synchronize()
-    return tensors
+    for weight in weights:
+        yield [weight], [weight.read() if device is None else weight.read().to(device)]
 
 
 def _common_device(weights: Sequence[Weight]) -> torch.device | None:

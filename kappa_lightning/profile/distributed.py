@@ -24,7 +24,7 @@ def compute_distributed(
     """The rows of all weights, on every process, of which each has decomposed a share.
 
     A row is computed once and then sent around, so that all processes hold the same bits whatever their arithmetic.
-    Sharded weights are put together one for each process at a time, on that process alone.
+    Sharded weights are put together one for each process at a time, on that rank.
 
     Args:
         weights: the same on every process.
@@ -48,10 +48,10 @@ def compute_distributed(
         if present:
             with closing(compute(present)) as rows:
                 own = list(watch(present, rows))
-    rounds = _rounds([weight for weight in weights if weight.is_sharded], processes.world_size)
-    if rounds:
-        share = [weights[processes.rank] for weights in rounds if processes.rank < len(weights)]
-        own += watch(share, _compute_sharded(rounds, compute, processes))
+    turns = _turns([weight for weight in weights if weight.is_sharded], processes.world_size)
+    if turns:
+        share = [weights[processes.rank] for weights in turns if processes.rank < len(weights)]
+        own += watch(share, _compute_sharded(turns, compute, processes))
     for share_of_rows in processes.gather(own):
         yield from share_of_rows
 
@@ -89,8 +89,8 @@ def partition(weights: Sequence[Weight], world_size: int) -> list[list[Weight]]:
     return shares
 
 
-def _rounds(weights: Sequence[Weight], world_size: int) -> list[list[Weight]]:
-    """Weights in rounds of one for each process, of similar cost within a round."""
+def _turns(weights: Sequence[Weight], world_size: int) -> list[list[Weight]]:
+    """Weights in turns of one for each rank, of similar cost within a turn."""
     ordered = _expensive_first(weights)
     return [ordered[start : start + world_size] for start in range(0, len(ordered), world_size)]
 
@@ -99,10 +99,10 @@ def _expensive_first(weights: Sequence[Weight]) -> list[Weight]:
     return sorted(weights, key=lambda weight: (-weight.cost, weight.name))
 
 
-def _compute_sharded(rounds: Sequence[Sequence[Weight]], compute: Compute, processes: Processes) -> Iterator[KappaRow]:
-    """The rows of this process' weight in each round, which the others send their parts of."""
-    places = processes.gather({weight.name: _place(weight) for weights in rounds for weight in weights})
-    for weights in rounds:
+def _compute_sharded(turns: Sequence[Sequence[Weight]], compute: Compute, processes: Processes) -> Iterator[KappaRow]:
+    """The rows of this process' weight in each turn, which the others send their parts of."""
+    places = processes.gather({weight.name: _place(weight) for weights in turns for weight in weights})
+    for weights in turns:
         mine: list[Weight] = []
         for owner, weight in enumerate(weights):
             tensor = _collect(weight, [place[weight.name] for place in places], owner)

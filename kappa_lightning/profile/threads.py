@@ -27,15 +27,15 @@ class Crew:
     Attributes:
         workers: how many matrices are worked on at a time.
         threads: how many threads work on each of them.
-        alone: weights that one worker would still be busy with when the others have finished, or that are so small
+        serial: weights that one worker would still be busy with when the others have finished, or that are so small
             that handing them over is not worth it; for all threads, one after the other.
-        shared: the others, the expensive ones first.
+        parallel: the others, the expensive ones first.
     """
 
     workers: int
     threads: int
-    alone: tuple[Weight, ...]
-    shared: tuple[Weight, ...]
+    serial: tuple[Weight, ...]
+    parallel: tuple[Weight, ...]
 
     @classmethod
     def of(cls, weights: Sequence[Weight], threads: int, memory: int) -> Crew:
@@ -48,24 +48,24 @@ class Crew:
         """
         # A sharded weight is read by all its processes together, so in an order that is the same on each of them.
         heavy = [weight for weight in weights if weight.cost >= _LIGHT and not weight.is_sharded]
-        # Without the few that are too large, as long as most of the work is left to share.
+        # Without the few that are too large, as long as most of the work is left to the workers.
         fitting = [weight for weight in heavy if _bytes_in_work(weight) * (threads + 1) <= memory]
         if 2 * sum(weight.cost for weight in fitting) >= sum(weight.cost for weight in heavy):
             heavy = fitting
         largest = max(map(_bytes_in_work, heavy), default=1)
         # One weight more than there are workers is read ahead.
         workers = min(threads, memory // largest - 1)
-        shared = heavy if workers > 1 else []
-        while shared and _longest(shared) * workers > sum(weight.cost for weight in shared):
-            shared = [weight for weight in shared if _cost_of_one(weight) < _longest(shared)]
-        if sum(weight.stack_shape[0] for weight in shared) < 2:
-            shared = []
-        names = {weight.name for weight in shared}
+        parallel = heavy if workers > 1 else []
+        while parallel and _longest(parallel) * workers > sum(weight.cost for weight in parallel):
+            parallel = [weight for weight in parallel if _cost_of_one(weight) < _longest(parallel)]
+        if sum(weight.stack_shape[0] for weight in parallel) < 2:
+            parallel = []
+        names = {weight.name for weight in parallel}
         return cls(
-            workers=workers if shared else 1,
-            threads=threads // workers if shared else threads,
-            alone=tuple(weight for weight in weights if weight.name not in names),
-            shared=tuple(sorted(shared, key=lambda weight: (-weight.cost, weight.name))),
+            workers=workers if parallel else 1,
+            threads=threads // workers if parallel else threads,
+            serial=tuple(weight for weight in weights if weight.name not in names),
+            parallel=tuple(sorted(parallel, key=lambda weight: (-weight.cost, weight.name))),
         )
 
     @contextmanager
@@ -119,7 +119,7 @@ def decompose_threaded(
     decompose: Callable[[Tensor], Spectrum],
     identify: Callable[[Tensor], str],
 ) -> Generator[Decomposed | None, None, None]:
-    """Decompose the shared weights of a crew, in the order in which they are finished.
+    """Decompose the parallel weights of a crew, in the order in which they are finished.
 
     This thread reads, one weight ahead of the workers, since reading may need what only one thread can do.
 
@@ -132,7 +132,7 @@ def decompose_threaded(
     Yields:
         Each weight with what was found, ``None`` for one that had nothing to do.
     """
-    waiting = iter(crew.shared)
+    waiting = iter(crew.parallel)
     running: dict[Future[Any], Decomposed] = {}
     with crew.at_work() as pool:
         while True:

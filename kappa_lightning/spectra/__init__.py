@@ -1,20 +1,23 @@
 """A batch of matrices → their condition numbers to a guaranteed relative error; torch only.
 
-The way of a batch: :mod:`_spectrum` checks it, :mod:`scaling` orients and scales it, :mod:`ladder` chooses the rungs,
-:mod:`factored` and :mod:`svd` are the rungs, :mod:`factor`, :mod:`rotation`, :mod:`lanczos`, :mod:`ritz` and
-:mod:`products` their parts, :mod:`certificate` the argument that a value found is the extreme one, :mod:`recurrence`
-the measurement that lets float32 take part in it, :mod:`gaussian` the random blocks that both rest on.
+The way of a batch: :mod:`api` checks it, :mod:`matrices` orients and scales it, :mod:`ladder` chooses the rungs within
+what :mod:`memory` allows, :mod:`rungs` are the methods, and each hands back a :class:`~result.Spectrum`. Parts of a
+rung: :mod:`factors`, :mod:`rotation`, :mod:`lanczos`, :mod:`ritz` and :mod:`products`. What makes its bounds hold:
+:mod:`backward_error`, how far a factor is from its matrix; :mod:`certificate`, the argument that a value found is the
+extreme one; :mod:`recurrence`, the measurement that lets float32 take part in it; :mod:`random_blocks`, on which the
+three rest.
 """
 
-from kappa_lightning.spectra._spectrum import (
-    Spectrum,
+from kappa_lightning.spectra.api import (
     check_memory_budget,
     check_options,
     condition_number,
     spectrum,
 )
-from kappa_lightning.spectra.ladder import SOLVERS, free_memory, working_bytes
+from kappa_lightning.spectra.ladder import SOLVERS, working_bytes
+from kappa_lightning.spectra.memory import free_memory
 from kappa_lightning.spectra.products import full_precision_products
+from kappa_lightning.spectra.result import Spectrum
 
 __all__ = [
     "SOLVERS",

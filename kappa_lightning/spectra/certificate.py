@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kappa_lightning.spectra.gaussian import BLOCK, Start
+from kappa_lightning.spectra.random_blocks import BLOCK, Start
 from kappa_lightning.spectra.recurrence import Recurrence
 
 # The ratio of one gap of the grid to the next, less 1, in units of overlap/‖R‖.

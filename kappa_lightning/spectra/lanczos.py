@@ -12,8 +12,8 @@ from kappa_lightning.spectra.certificate import (
     bracket_prospect,
     largest_eigenvalue_interval,
 )
-from kappa_lightning.spectra.gaussian import BLOCK, Start
 from kappa_lightning.spectra.products import Operator
+from kappa_lightning.spectra.random_blocks import BLOCK, Start
 from kappa_lightning.spectra.recurrence import PROBE_SEED, Recurrence, RecurrenceProbe
 
 MAX_STEPS = 40

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kappa_lightning.spectra.gaussian import BLOCK, OVERLAP, gaussian_block
+from kappa_lightning.spectra.random_blocks import BLOCK, OVERLAP, gaussian_block
 
 PROBE_SEED = 0x7265_6375
 

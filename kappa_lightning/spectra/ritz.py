@@ -16,7 +16,7 @@ def extreme_ritz_values(
 
     They lie inside A's spectrum whatever the subspaces: max ‖Av‖ ≤ σ_max and σ_min ≤ min ‖Av‖. With subspaces from a
     factor whose squared singular values are those of A up to a factor 1 ± f
-    (:func:`~kappa_lightning.spectra.factor.compare`), they are off by f² over the relative gap to the
+    (:func:`~kappa_lightning.spectra.backward_error.compare`), they are off by f² over the relative gap to the
     first singular value outside, where those of the factor are off by f.
 
     Args:

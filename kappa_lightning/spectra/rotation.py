@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kappa_lightning.spectra.certificate import bracket_prospect
-from kappa_lightning.spectra.gaussian import BLOCK, Start
 from kappa_lightning.spectra.lanczos import QuickRun, lanczos_steps, most_steps
+from kappa_lightning.spectra.matrices import TallMatrices
 from kappa_lightning.spectra.products import gram_product
-from kappa_lightning.spectra.scaling import TallMatrices
+from kappa_lightning.spectra.random_blocks import BLOCK, Start
 
 _RANGE_SEED = 0x726F_7461
 # Enough for directions that stand out, and for a bracket of the first of them.

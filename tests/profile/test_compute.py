@@ -5,6 +5,8 @@ from torch import nn
 
 import kappa_lightning.profile.compute as compute
 from kappa_lightning import KappaProfile
+from kappa_lightning.profile import gpu
+from kappa_lightning.profile.gpu import batches_of_one_shape
 from kappa_lightning.weights import find_weights
 
 CUDA = torch.device("cuda")
@@ -29,7 +31,7 @@ def names_of(batches):
 
 
 def bytes_of(batch):
-    return sum(int(np.prod(weight.stack_shape)) * compute._WORKING_BYTES for weight in batch)
+    return sum(int(np.prod(weight.stack_shape)) * gpu._WORKING_BYTES for weight in batch)
 
 
 @pytest.fixture
@@ -47,14 +49,8 @@ def no_gpu(monkeypatch, memory):
         for batch in batches:
             yield batch, [weight.read() for weight in batch]
 
-    monkeypatch.setattr(compute, "_loaded", loaded)
+    monkeypatch.setattr(compute, "loaded", loaded)
     memory(1 << 40)
-
-
-@pytest.mark.parametrize("device", [None, torch.device("cpu"), torch.device("meta")])
-def test_off_a_gpu_each_tensor_is_a_batch_of_its_own(device):
-    weights = find_weights(model())
-    assert compute._batches(weights, device, 1 << 40) == [[weight] for weight in weights]
 
 
 def test_on_the_cpu_tensors_go_through_one_after_the_other_in_the_models_order(decomposed):
@@ -64,7 +60,7 @@ def test_on_the_cpu_tensors_go_through_one_after_the_other_in_the_models_order(d
 
 
 def test_on_a_gpu_matrices_of_one_shape_and_precision_go_together():
-    batches = compute._batches(find_weights(model()), CUDA, 1 << 40)
+    batches = batches_of_one_shape(find_weights(model()), 1 << 40)
     assert names_of(batches) == [
         ["square0.weight", "square1.weight", "square2.weight", "experts.up", "last.weight"],
         ["wide0.weight", "wide1.weight", "wide2.weight", "conv.weight"],
@@ -74,7 +70,7 @@ def test_on_a_gpu_matrices_of_one_shape_and_precision_go_together():
 
 def test_transposes_of_each_other_do_not_go_together():
     net = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)])
-    assert names_of(compute._batches(find_weights(net), CUDA, 1 << 40)) == [["0.weight"], ["1.weight"]]
+    assert names_of(batches_of_one_shape(find_weights(net), 1 << 40)) == [["0.weight"], ["1.weight"]]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 9, 10])
@@ -82,7 +78,7 @@ def test_batch_fills_the_budget_and_no_more(layers):
     weights = find_weights(nn.ModuleList([nn.Linear(8, 8) for _ in range(10)]))
     one = bytes_of(weights[:1])
     for budget in (layers * one, layers * one + one - 1):
-        batches = compute._batches(weights, CUDA, budget)
+        batches = batches_of_one_shape(weights, budget)
         assert max(map(bytes_of, batches)) <= budget
         sizes = [len(batch) for batch in batches]
         assert sizes == [layers] * (10 // layers) + [10 % layers] * (10 % layers > 0)
@@ -92,8 +88,8 @@ def test_batch_fills_the_budget_and_no_more(layers):
 def test_a_gpu_holds_as_much_for_the_work_as_for_the_tensors(no_gpu, memory, monkeypatch, given, wanted):
     memory(1 << 22)
     budgets = []
-    batches, spectrum = compute._batches, compute.spectrum
-    monkeypatch.setattr(compute, "_batches", lambda *these: budgets.append(these[2]) or batches(*these))
+    batches, spectrum = compute.batches_of_one_shape, compute.spectrum
+    monkeypatch.setattr(compute, "batches_of_one_shape", lambda *these: budgets.append(these[1]) or batches(*these))
     monkeypatch.setattr(
         compute,
         "spectrum",
@@ -105,19 +101,19 @@ def test_a_gpu_holds_as_much_for_the_work_as_for_the_tensors(no_gpu, memory, mon
 
 def test_tensor_that_is_too_large_goes_alone_and_stops_nothing():
     weights = find_weights(model())
-    assert compute._batches(weights, CUDA, 1) == [[weight] for weight in weights]
+    assert batches_of_one_shape(weights, 1) == [[weight] for weight in weights]
 
 
 @pytest.mark.parametrize("budget", [1, 1_000, 5_000, 25_000, 1 << 40])
 def test_every_tensor_is_in_exactly_one_batch_whatever_the_memory(budget):
     weights = find_weights(model())
-    batches = compute._batches(weights, CUDA, budget)
+    batches = batches_of_one_shape(weights, budget)
     assert sorted(name for batch in names_of(batches) for name in batch) == sorted(weight.name for weight in weights)
     assert all(len(batch) == 1 or bytes_of(batch) <= budget for batch in batches)
 
 
 def test_no_tensor_gives_no_batch():
-    assert compute._batches([], CUDA, 1 << 40) == []
+    assert batches_of_one_shape([], 1 << 40) == []
 
 
 def test_profile_by_batches_has_the_models_order(no_gpu):

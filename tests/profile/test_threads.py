@@ -74,37 +74,37 @@ def names(weights):
 
 def test_each_thread_gets_a_matrix_the_expensive_ones_first():
     crew = Crew.of(weights_of(8, 9, 8, 10, 8), 3, PLENTY)
-    assert (crew.workers, crew.threads, crew.alone) == (3, 1, ())
-    assert names(crew.shared) == ["3.weight", "1.weight", "0.weight", "2.weight", "4.weight"]
+    assert (crew.workers, crew.threads, crew.serial) == (3, 1, ())
+    assert names(crew.parallel) == ["3.weight", "1.weight", "0.weight", "2.weight", "4.weight"]
 
 
 def test_a_matrix_that_would_hold_up_the_rest_is_for_all_threads():
     crew = Crew.of(weights_of(8, 40, 8, 8, 8), 2, PLENTY)
-    assert names(crew.alone) == ["1.weight"]
-    assert names(crew.shared) == ["0.weight", "2.weight", "3.weight", "4.weight"]
+    assert names(crew.serial) == ["1.weight"]
+    assert names(crew.parallel) == ["0.weight", "2.weight", "3.weight", "4.weight"]
 
 
 def test_a_stack_of_many_matrices_holds_up_nothing():
     crew = Crew.of(find_weights(nn.ParameterDict({"up": torch.randn(8, 9, 9)})), 2, PLENTY)
-    assert names(crew.shared) == ["up"]
+    assert names(crew.parallel) == ["up"]
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_single_matrix_is_for_all_threads(count):
     crew = Crew.of(weights_of(*[8] * count), 4, PLENTY)
-    assert (crew.workers, crew.threads, crew.shared) == (1, 4, ())
-    assert len(crew.alone) == count
+    assert (crew.workers, crew.threads, crew.parallel) == (1, 4, ())
+    assert len(crew.serial) == count
 
 
 def test_two_alike_go_side_by_side():
-    assert len(Crew.of(weights_of(8, 8), 2, PLENTY).shared) == 2
+    assert len(Crew.of(weights_of(8, 8), 2, PLENTY).parallel) == 2
 
 
 def test_small_matrices_are_not_handed_over(monkeypatch):
     monkeypatch.setattr(together, "_LIGHT", 100**3)
     crew = Crew.of(weights_of(8, 120, 8, 120), 2, PLENTY)
-    assert names(crew.alone) == ["0.weight", "2.weight"]
-    assert names(crew.shared) == ["1.weight", "3.weight"]
+    assert names(crew.serial) == ["0.weight", "2.weight"]
+    assert names(crew.parallel) == ["1.weight", "3.weight"]
 
 
 def test_memory_for_fewer_matrices_makes_fewer_workers_with_more_threads_each():
@@ -112,7 +112,7 @@ def test_memory_for_fewer_matrices_makes_fewer_workers_with_more_threads_each():
     one = together._bytes_in_work(weights[0])
     crews = [Crew.of(weights, 4, share * one) for share in (5, 4, 3, 2, 0)]
     assert [(crew.workers, crew.threads) for crew in crews] == [(4, 1), (3, 1), (2, 2), (1, 4), (1, 4)]
-    assert [len(crew.alone) for crew in crews] == [0, 0, 0, 8, 8]
+    assert [len(crew.serial) for crew in crews] == [0, 0, 0, 8, 8]
 
 
 def test_one_thread_hands_nothing_over(seen):
@@ -128,18 +128,18 @@ def test_sharded_weights_are_read_in_the_models_order(monkeypatch):
     sharded = {"1.weight", "2.weight"}
     monkeypatch.setattr(type(weights[0]), "is_sharded", property(lambda weight: weight.name in sharded))
     crew = Crew.of(weights, 3, PLENTY)
-    assert names(crew.alone) == ["1.weight", "2.weight"]
+    assert names(crew.serial) == ["1.weight", "2.weight"]
 
 
 def test_a_weight_that_is_too_large_for_the_memory_leaves_the_others_side_by_side():
     weights = weights_of(*[64] * 8, 128)
     crew = Crew.of(weights, 3, 4 * together._bytes_in_work(weights[0]))
-    assert (crew.workers, names(crew.alone)) == (3, ["8.weight"])
+    assert (crew.workers, names(crew.serial)) == (3, ["8.weight"])
 
 
 def test_what_is_moved_out_does_not_count_for_what_stays():
     """The largest is for all threads; the next one would then hold up the rest as well."""
-    assert names(Crew.of(weights_of(8, 8, 20, 60), 2, PLENTY).alone) == ["2.weight", "3.weight"]
+    assert names(Crew.of(weights_of(8, 8, 20, 60), 2, PLENTY).serial) == ["2.weight", "3.weight"]
 
 
 def test_rows_are_those_of_numpy_in_the_models_order(net, seen):
@@ -249,15 +249,15 @@ def test_no_more_weights_are_in_memory_than_there_are_workers_and_one(monkeypatc
 def test_known_rows_come_when_they_are_met(net, tmp_path):
     """Not at the end, when the progress bar has nothing left to show."""
     weights = find_weights(net)
-    journal = Journal(tmp_path / "partial", ProfileSettings())
-    for row in compute.compute_rows(weights, journal=journal):
-        last = row.name
+    with Journal(tmp_path / "partial", ProfileSettings()) as journal:
+        for row in compute.compute_rows(weights, journal=journal):
+            last = row.name
     with torch.no_grad():
         dict(net.named_parameters())[last].mul_(2)
     rows = compute.compute_rows(weights, journal=Journal(tmp_path / "partial", ProfileSettings()))
-    shared = [weight.name for weight in Crew.of(weights, 3, PLENTY).shared]
-    shared.remove(last)
-    assert [next(rows).name for _ in shared] == shared
+    parallel = [weight.name for weight in Crew.of(weights, 3, PLENTY).parallel]
+    parallel.remove(last)
+    assert [next(rows).name for _ in parallel] == parallel
     assert [row.name for row in rows] == [last]
 
 

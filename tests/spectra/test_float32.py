@@ -9,16 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra_matrices import FAMILIES, as_tensor, reference_kappa, relative_error, with_singular_values
 
-from kappa_lightning.spectra import factored, ladder, spectrum
-from kappa_lightning.spectra.factor import compare, gram_cholesky, gram_matrix, lu_factor, triangular_factor
-from kappa_lightning.spectra.gaussian import gaussian_block
-from kappa_lightning.spectra.ladder import Plan, climb, take_rung
+from kappa_lightning.spectra import ladder, rungs, spectrum
+from kappa_lightning.spectra.backward_error import compare
+from kappa_lightning.spectra.factors import gram_cholesky, gram_matrix, lu_factor, triangular_factor
+from kappa_lightning.spectra.ladder import Schedule, climb, take_rung
 from kappa_lightning.spectra.lanczos import LargestEigenvalue, largest_eigenvalue, quick_run
+from kappa_lightning.spectra.matrices import TallMatrices
+from kappa_lightning.spectra.random_blocks import gaussian_block
 from kappa_lightning.spectra.recurrence import Recurrence, RecurrenceProbe
 from kappa_lightning.spectra.ritz import extreme_ritz_values
 from kappa_lightning.spectra.rotation import Rotation, dominant_rotation
-from kappa_lightning.spectra.scaling import TallMatrices
-from kappa_lightning.spectra.svd import rounding_error
+from kappa_lightning.spectra.rungs import rounding_error
 
 CPU = torch.device("cpu")
 
@@ -27,8 +28,8 @@ def tall(stack: torch.Tensor) -> TallMatrices:
     return TallMatrices.of(stack, stack.abs().amax((-2, -1)).double())
 
 
-def plan(*rungs: str) -> Plan:
-    return Plan(rungs, members=64, rows=50, lanczos_from=0)
+def plan(*rungs: str) -> Schedule:
+    return Schedule(rungs, members=64, rows=50, lanczos_from=0)
 
 
 def learned(rows: int, cols: int, strength: float) -> torch.Tensor:
@@ -107,9 +108,9 @@ def test_ritz_values_of_the_matrix_are_off_by_the_square_of_the_error(error):
 def test_without_the_rotation_float32_shows_nothing_for_it(monkeypatch):
     matrices = tall(learned(700, 480, 500.0)[None])
     axes = torch.eye(480, dtype=torch.float64)[None, :16]
-    original = factored.dominant_rotation
+    original = rungs.dominant_rotation
     monkeypatch.setattr(
-        factored, "dominant_rotation", lambda *given: (Rotation.onto_first_axes(axes), original(*given)[1])
+        rungs, "dominant_rotation", lambda *given: (Rotation.onto_first_axes(axes), original(*given)[1])
     )
     assert not take_rung("gram32", matrices, plan("gram32"), 1e-3).rtol <= 1e-3
 
@@ -135,7 +136,7 @@ def test_a_wrong_float32_factor_is_refused(monkeypatch):
         upper[:, 120, 150] += 0.05 * upper[:, 120, 120]
         return upper, found
 
-    monkeypatch.setattr(factored, "gram_cholesky", spoilt)
+    monkeypatch.setattr(rungs, "gram_cholesky", spoilt)
     assert not take_rung("gram32", matrices, plan("gram32"), 1e-3).rtol <= 1e-3
     values = climb(matrices, [0], plan("gram32", "qr64", "svd"), 1e-3)
     true = reference_kappa(learned(300, 200, 50.0).numpy())
@@ -222,7 +223,7 @@ def test_large_matrices_with_directions_that_stand_out(shape, strength):
 @pytest.mark.parametrize("end", ["bounds_max", "bounds_min"])
 def test_a_bracket_that_does_not_hold_what_was_found_shows_nothing(monkeypatch, end):
     matrices = tall(learned(300, 200, 50.0)[None])
-    inner = factored._ends_by_lanczos
+    inner = rungs._ends_by_lanczos
 
     def spoilt(*arguments):
         ends = inner(*arguments)
@@ -230,7 +231,7 @@ def test_a_bracket_that_does_not_hold_what_was_found_shows_nothing(monkeypatch, 
         factor = 0.9 if end == "bounds_max" else 1.1
         return replace(ends, **{end: (factor * low, factor * high)})
 
-    monkeypatch.setattr(factored, "_ends_by_lanczos", spoilt)
+    monkeypatch.setattr(rungs, "_ends_by_lanczos", spoilt)
     monkeypatch.setattr(torch.linalg, "svdvals", lambda matrix: matrix.new_zeros(len(matrix), 200))
     assert not take_rung("gram32", matrices, plan("gram32"), 1e-3).rtol <= 1e-3
 
@@ -331,8 +332,8 @@ def runs_of(monkeypatch: pytest.MonkeyPatch, disturbance: float) -> list[bool]:
         runs.append(True)
         return quick_run(lambda block: disturbance * operator(block), *arguments, **options)
 
-    monkeypatch.setattr(factored, "largest_eigenvalue", spy)
-    monkeypatch.setattr(factored, "quick_run", quick_spy)
+    monkeypatch.setattr(rungs, "largest_eigenvalue", spy)
+    monkeypatch.setattr(rungs, "quick_run", quick_spy)
     return runs
 
 

@@ -7,20 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra_matrices import EPS, FAMILIES, FULL_RANK, as_tensor, reference_kappa, relative_error
 
+from kappa_lightning.spectra.backward_error import compare
 from kappa_lightning.spectra.certificate import RitzPairs, bracket_prospect, largest_eigenvalue_interval
-from kappa_lightning.spectra.factor import (
-    compare,
+from kappa_lightning.spectra.factors import (
     gram_cholesky,
     gram_matrix,
     lu_factor,
     qr_factor,
     triangular_factor,
 )
-from kappa_lightning.spectra.gaussian import Start, gaussian_block
-from kappa_lightning.spectra.ladder import Plan, choose_rungs, climb, make_plan, take_rung
+from kappa_lightning.spectra.ladder import Schedule, choose_rungs, climb, make_schedule, take_rung
 from kappa_lightning.spectra.lanczos import _orthonormalize, largest_eigenvalue
+from kappa_lightning.spectra.matrices import TallMatrices
+from kappa_lightning.spectra.random_blocks import Start, gaussian_block
 from kappa_lightning.spectra.recurrence import Recurrence
-from kappa_lightning.spectra.scaling import TallMatrices
 
 CPU = torch.device("cpu")
 
@@ -29,8 +29,8 @@ def tall(stack: torch.Tensor) -> TallMatrices:
     return TallMatrices.of(stack, stack.abs().amax((-2, -1)).double())
 
 
-def plan(*rungs: str, members: int = 64, rows: int = 50, lanczos_from: int = 0) -> Plan:
-    return Plan(rungs, members, rows, lanczos_from)
+def plan(*rungs: str, members: int = 64, rows: int = 50, lanczos_from: int = 0) -> Schedule:
+    return Schedule(rungs, members, rows, lanczos_from)
 
 
 @pytest.mark.parametrize("rung", ["gram32", "gram64", "lu64", "qr64", "svd"])
@@ -288,9 +288,9 @@ def test_members_taken_together_give_what_they_give_alone():
 def test_memory_budget_sets_members_and_rows():
     stack = torch.zeros(50, 300, 20)
     matrices = TallMatrices.of(stack, torch.ones(50, dtype=torch.float64))
-    large = make_plan(matrices, "auto", 1 << 30)
-    small = make_plan(matrices, "auto", 2 << 20)
-    tiny = make_plan(matrices, "auto", 1)
+    large = make_schedule(matrices, "auto", 1 << 30)
+    small = make_schedule(matrices, "auto", 2 << 20)
+    tiny = make_schedule(matrices, "auto", 1)
     assert large.members > small.members >= tiny.members == 1
     assert small.members * 300 * 20 * 8 <= 2 << 20
     assert tiny.rows <= large.rows

@@ -1,17 +1,15 @@
-"""Factors R with RᵀR ≈ AᵀA by Cholesky, LU and QR, and the measurement of how far R's singular values are from A's."""
+"""Factors R with RᵀR ≈ AᵀA by Cholesky, LU and QR."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kappa_lightning.spectra.gaussian import OVERLAP, gaussian_block
+from kappa_lightning.spectra.matrices import TallMatrices
 from kappa_lightning.spectra.products import Operator, full_precision_products, gram_product
 from kappa_lightning.spectra.rotation import Rotation
-from kappa_lightning.spectra.scaling import TallMatrices
 
-_PROBE_SEED = 0x6C69_6768
 # Column blocks of the Gram matrix; nothing is computed below them, which saves up to 7/16 of the work of a full
 # product.
 _GRAM_BLOCKS = 8
@@ -93,7 +91,8 @@ def gram_cholesky(gram: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
     """Factor by Cholesky of the Gram matrix.
 
     The fastest factor there is on every device, since nearly all of it is a matrix product; it works on the square of
-    κ and gives out, or turns out inaccurate in :func:`compare`, once κ²·eps is no longer small.
+    κ and gives out, or turns out inaccurate in
+    :func:`~kappa_lightning.spectra.backward_error.compare`, once κ²·eps is no longer small.
 
     Args:
         gram: shape (count, n, n); only the upper triangle is read.
@@ -148,7 +147,7 @@ def lu_factor(matrices: TallMatrices, rows: int) -> Factor:
     """Factor square matrices by LU with partial pivoting in float64: R = PLU, which need not be triangular.
 
     Half the arithmetic of a Gram matrix of a square, and its error grows with κ instead of κ². It needs no bound on the
-    growth of the pivots: :func:`compare` sees what they did.
+    growth of the pivots: :func:`~kappa_lightning.spectra.backward_error.compare` sees what they did.
 
     Args:
         matrices: shape (count, n, n).
@@ -229,69 +228,6 @@ def fill_pivots(factor: Tensor) -> None:
 
 def _log_diagonal(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """How well R stands for A, and what came with the reading of A.
-
-    Attributes:
-        error: f, every σ_i(A)² is σ_i(R)² times a factor in [1 − f, 1 + f]; inf where f is not below 1; shape (count,).
-        norm_squared: ‖A‖_F², same shape, accumulated in float64.
-        image: AᵀA applied to further vectors, shape (count, few, n).
-    """
-
-    error: Tensor
-    norm_squared: Tensor
-    image: Tensor
-
-
-def compare(
-    row_blocks: Callable[[], Iterable[Tensor]],
-    factor: Factor,
-    powers: int = 1,
-    enough: float = 0.0,
-    also: Tensor | None = None,
-) -> Comparison:
-    r"""Measure how well R stands for A: every σ_i(A)² is σ_i(R)² times a factor in [1 − f, 1 + f].
-
-    With F = R⁻ᵀAᵀAR⁻¹ − I and f = ‖F‖₂ < 1, Ostrowski's theorem applied to A = (AR⁻¹)R gives the statement for every
-    i at once (Eisenstat and Ipsen, SIAM J. Numer. Anal. 32, 1995, theorem 3.1). F is not formed: it is applied, in
-    float64 and with the caller's matrix, to a Gaussian block Ω, and since ‖F^pΩ‖_F ≥ ‖F‖₂^p ‖uᵀΩ‖ for its top
-    eigenvector u,
-
-    .. math:: f \le (\|F^p \Omega\|_F / 0.6)^{1/p}
-
-    except with probability 2.4e-11. Whatever spoilt R counts: precision, TF32, the squared κ of a Gram matrix, a
-    half-broken BLAS. Rounding while measuring adds about κ·eps to f.
-
-    Args:
-        row_blocks: reads the A's from top to bottom, in float64, each block of shape (count, some rows, n).
-        factor: the R's.
-        powers: the largest p; each costs another reading of A and makes the bound sharper, for p = 1 it exceeds ‖F‖₂
-            by up to √(16n/0.36).
-        enough: f below which no more powers are taken.
-        also: vectors to be multiplied by AᵀA in the same reading, shape (count, few, n), float64.
-    """
-    norm_squared = torch.zeros_like(factor.log_volume)
-    probe = gaussian_block(factor.order, _PROBE_SEED, norm_squared.device).mT.expand(len(norm_squared), -1, -1)
-    also = probe[:, :0] if also is None else also
-
-    def summing(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-        for part in parts:
-            norm_squared.add_(torch.linalg.vector_norm(part, dim=(-2, -1)).square())
-            yield part
-
-    product = gram_product(torch.cat([factor.solve(probe), also], dim=-2), summing(row_blocks()))
-    product, also_image = product[:, : probe.shape[-2]], product[:, probe.shape[-2] :]
-    image = factor.solve_transposed(product) - probe
-    error = torch.linalg.vector_norm(image, dim=(-2, -1)) / OVERLAP
-    for power in range(2, powers + 1):
-        if bool((error < enough).all()):
-            break
-        image = factor.solve_transposed(gram_product(factor.solve(image), row_blocks())) - image
-        error = (torch.linalg.vector_norm(image, dim=(-2, -1)) / OVERLAP) ** (1 / power)
-    return Comparison(torch.where(error < 1, error, torch.inf), norm_squared, also_image)
 
 
 def _each(function: Callable[..., tuple[Tensor, ...]], *stacks: Tensor) -> tuple[Tensor, ...]:

@@ -1,44 +1,13 @@
 """The public functions: a batch of matrices in, their condition numbers and what comes with them out."""
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kappa_lightning.spectra.ladder import SOLVERS, climb, make_plan
-from kappa_lightning.spectra.scaling import TallMatrices
-from kappa_lightning.spectra.values import Values
-
-
-@dataclass(frozen=True, slots=True)
-class Spectrum:
-    """The ends and the sums of the singular values of a batch of matrices; float64 tensors of the batch's shape.
-
-    Attributes:
-        kappa: condition number σ_max / σ_min; inf for a numerically rank-deficient matrix, σ_min ≤ max(rows,
-            cols)·eps·σ_max.
-        sigma_max: largest singular value, in the unit of the entries.
-        sigma_min: the smallest of the min(rows, cols) singular values; 0 when rank-deficient.
-        log_volume: Σ ln σ_i over min(rows, cols) values, in nats; −inf when rank-deficient. Its error is at most rtol
-            nats for each value, and that of float64 unless a float32 factor was enough for κ: then 4e-5 nats were
-            seen for a 2000×1900 matrix.
-        frobenius_norm: √Σ σ_i², in the unit of the entries.
-        rtol: the relative error of κ that is guaranteed; 0 when rank-deficient. Above the request only where a float64
-            decomposition cannot give it, that is for κ above about rtol / (√n·1e-15).
-    """
-
-    kappa: Tensor
-    sigma_max: Tensor
-    sigma_min: Tensor
-    log_volume: Tensor
-    frobenius_norm: Tensor
-    rtol: Tensor
-
-    def __getitem__(self, index: Any) -> "Spectrum":
-        """The spectrum of one matrix, or of a slice, of the batch."""
-        return Spectrum(*(getattr(self, field.name)[index] for field in fields(self)))
+from kappa_lightning.spectra.ladder import SOLVERS, climb, make_schedule
+from kappa_lightning.spectra.matrices import TallMatrices
+from kappa_lightning.spectra.result import Spectrum, zero_spectrum
 
 
 @torch.no_grad()
@@ -50,7 +19,7 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     two.
     ``solver="auto"`` goes from cheap to exact (:mod:`kappa_lightning.spectra.ladder`): a triangular factor, block
     Lanczos at both ends of its spectrum or the matrix's own, a measured bound for the factor
-    (:func:`~kappa_lightning.spectra.factor.compare`)
+    (:func:`~kappa_lightning.spectra.backward_error.compare`)
     and one for the ends (:func:`~kappa_lightning.spectra.certificate.largest_eigenvalue_interval`); a matrix for
     which they do not add up to ``rtol`` goes one rung up. From a float32 factor only the directions are taken; the
     values are then those of the matrix itself in them (:func:`~kappa_lightning.spectra.ritz.extreme_ritz_values`), in
@@ -107,7 +76,7 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
         # float8 has no arithmetic; bfloat16 holds every float8 number.
         stack = stack.to(torch.bfloat16)
     if stack.shape[0] == 0:
-        return _assemble(Values.empty(0, stack.device), batch)
+        return zero_spectrum(0, stack.device).reshaped(batch)
 
     largest = torch.maximum(stack.amax((-2, -1)), -stack.amin((-2, -1))).to(torch.float64)
     magnitudes = largest.tolist()
@@ -118,16 +87,16 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
             raise ValueError(f"{where} has entries that are NaN or infinite; κ is not defined for it")
     matrices = TallMatrices.of(stack, largest)
     nonzero = [index for index, magnitude in enumerate(magnitudes) if magnitude > 0]
-    values = climb(matrices, nonzero, make_plan(matrices, solver, memory_budget), rtol)
-    scaled = Values(
+    values = climb(matrices, nonzero, make_schedule(matrices, solver, memory_budget), rtol)
+    # κ is that of the scaled values: those of the caller's scale may overflow or lose digits.
+    return Spectrum(
+        values.kappa,
         matrices.unscale(values.sigma_max),
         matrices.unscale(values.sigma_min),
         matrices.unscale_log_volume(values.log_volume),
         matrices.unscale(values.frobenius_norm),
         values.rtol,
-    )
-    # From the scaled values: those of the caller's scale may overflow or lose digits.
-    return _assemble(scaled, batch, values.sigma_max / values.sigma_min)
+    ).reshaped(batch)
 
 
 def condition_number(
@@ -181,18 +150,4 @@ def _of_real_form(doubled: Spectrum) -> Spectrum:
         log_volume=doubled.log_volume / 2,
         frobenius_norm=doubled.frobenius_norm / math.sqrt(2),
         rtol=doubled.rtol,
-    )
-
-
-def _assemble(values: Values, batch: torch.Size, ratio: Tensor | None = None) -> Spectrum:
-    kappa = values.sigma_max if ratio is None else ratio
-    # 0/0 of a zero matrix.
-    kappa = torch.where(values.sigma_min > 0, kappa, torch.inf)
-    return Spectrum(
-        kappa=kappa.reshape(batch),
-        sigma_max=values.sigma_max.reshape(batch),
-        sigma_min=values.sigma_min.reshape(batch),
-        log_volume=values.log_volume.reshape(batch),
-        frobenius_norm=values.frobenius_norm.reshape(batch),
-        rtol=values.rtol.reshape(batch),
     )

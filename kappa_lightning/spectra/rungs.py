@@ -1,5 +1,6 @@
-"""The rungs that read κ off a factor: Cholesky of the Gram matrix, LU, and QR."""
+"""The rungs: κ read off a factor (Cholesky of the Gram matrix, LU, QR), and off all singular values."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -7,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kappa_lightning.spectra.factor import (
+from kappa_lightning.spectra.backward_error import compare
+from kappa_lightning.spectra.factors import (
     Factor,
-    compare,
     fill_pivots,
     gram_cholesky,
     gram_matrix,
@@ -19,13 +20,12 @@ from kappa_lightning.spectra.factor import (
     triangular_factor,
 )
 from kappa_lightning.spectra.lanczos import LargestEigenvalue, QuickRun, largest_eigenvalue, quick_run
+from kappa_lightning.spectra.matrices import TallMatrices
 from kappa_lightning.spectra.products import Operator, full_precision_products, gram_product
 from kappa_lightning.spectra.recurrence import PROBE_SEED
+from kappa_lightning.spectra.result import Spectrum, nothing_shown, with_rank
 from kappa_lightning.spectra.ritz import PROBED, extreme_ritz_values
 from kappa_lightning.spectra.rotation import dominant_rotation
-from kappa_lightning.spectra.scaling import TallMatrices
-from kappa_lightning.spectra.svd import is_rank_deficient, rounding_error
-from kappa_lightning.spectra.values import Values
 
 SMALLEST_LANCZOS = 48
 """The block size leaves no room for Lanczos in fewer columns."""
@@ -45,6 +45,10 @@ _LARGEST_RTOL = 0.1
 # the brackets only, which are tighter for it.
 _REFINED_SHARE = 0.2
 _BOTTOM_PROBE_SEED = 0x626F_7474
+
+# From here on a QR in front of the bidiagonalisation is cheaper than carrying the long columns through it.
+_VERY_TALL = 1.6
+_EPS: float = torch.finfo(torch.float64).eps
 
 # Right singular vectors of R near its largest and its smallest singular value ↦ σ_max and σ_min of A from these.
 Refinement = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -71,7 +75,7 @@ class _Ends:
     bottom: Tensor
 
 
-def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dtype, lanczos_from: int) -> Values:
+def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dtype, lanczos_from: int) -> Spectrum:
     """Take the values from the Cholesky factor of AᵀA; ``rtol`` of the result is inf where that failed.
 
     Args:
@@ -116,7 +120,7 @@ def gram_values(matrices: TallMatrices, rows: int, rtol: float, dtype: torch.dty
     return _read_off_if_close(matrices, factor, error, compared.norm_squared, rtol, lanczos_from, refine, top)
 
 
-def lu_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int) -> Values:
+def lu_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int) -> Spectrum:
     """Take the values of square matrices from their LU factors; ``rtol`` of the result is inf where that failed.
 
     Args:
@@ -148,7 +152,7 @@ def _quick_top(matrices: TallMatrices, rows: int, rtol: float) -> QuickRun:
         )
 
 
-def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int) -> Values:
+def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int) -> Spectrum:
     """Take the values from the R of a float64 QR, which also tells a rank-deficient matrix.
 
     Args:
@@ -165,7 +169,45 @@ def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int)
     # σ_min found this way is that of some vector, hence an upper bound: small enough, it settles the rank.
     backward = rounding_error(torch.ones_like(values.sigma_max), matrices.cols) * values.sigma_max
     deficient = is_rank_deficient(values.sigma_min + backward, values.sigma_max, matrices)
-    return values.with_rank(deficient)
+    return with_rank(values, deficient)
+
+
+def svd_values(matrices: TallMatrices, rows: int) -> Spectrum:
+    """Take the values from all singular values, whatever they cost; a backward stable QR first when very tall.
+
+    Args:
+        matrices: shape (count, m, n).
+        rows: how many rows the QR converts at a time.
+    """
+    if matrices.rows > _VERY_TALL * matrices.cols:
+        reduced = qr_factor(matrices, rows)
+    else:
+        reduced = matrices.scaled(torch.float64)
+    sigma = torch.linalg.svdvals(reduced)
+    largest, smallest = sigma[..., 0], sigma[..., -1]
+    values = Spectrum.of_ends(
+        sigma_max=largest,
+        sigma_min=smallest,
+        log_volume=sigma.log().sum(-1),
+        frobenius_norm=torch.linalg.vector_norm(sigma, dim=-1),
+        rtol=rounding_error(largest / smallest, matrices.cols),
+    )
+    return with_rank(values, is_rank_deficient(smallest, largest, matrices))
+
+
+def rounding_error(kappa: Tensor, cols: int) -> Tensor:
+    """Bound the relative error of a κ found by orthogonal transformations in float64.
+
+    They are backward stable: the values are those of A + ΔA with ‖ΔA‖₂ ≤ p(n)·eps·‖A‖₂ (Golub and Van Loan, Matrix
+    Computations, 4th ed., §8.6), and by Weyl's inequality σ_min then moves by at most p(n)·eps·κ of itself. The
+    textbooks' polynomials p are far from sharp; 4√n is used here, which the tests hold against values to 40 digits.
+    """
+    return 4 * math.sqrt(cols) * _EPS * kappa
+
+
+def is_rank_deficient(smallest: Tensor, largest: Tensor, matrices: TallMatrices) -> Tensor:
+    """Whether σ_min ≤ max(rows, cols)·eps·σ_max, the numerical rank of NumPy's ``matrix_rank``."""
+    return smallest <= matrices.rows * _EPS * largest
 
 
 def _reader(matrices: TallMatrices, rows: int) -> Callable[[], Iterator[Tensor]]:
@@ -181,12 +223,11 @@ def _read_off_if_close(
     lanczos_from: int,
     refine: Refinement | None = None,
     top: LargestEigenvalue | None = None,
-) -> Values:
+) -> Spectrum:
     """Read the values off, unless the spectrum of no member's factor could show anything."""
     if bool((error < _FACTOR_SHARE * rtol).any()):
         return _read_off(matrices, factor, error, norm_squared, rtol, lanczos_from, refine, top)
-    nothing = torch.full_like(error, torch.inf)
-    return Values(nothing, nothing, nothing, nothing, nothing)
+    return nothing_shown(error)
 
 
 def _read_off(
@@ -198,7 +239,7 @@ def _read_off(
     lanczos_from: int,
     refine: Refinement | None = None,
     top: LargestEigenvalue | None = None,
-) -> Values:
+) -> Spectrum:
     """Find the ends of R's spectrum and bound the error of κ: R against A, Ritz values against R, and rounding.
 
     ``refine`` takes the values themselves from A. They are then Ritz values of A, which lie inside its spectrum, so
@@ -240,7 +281,9 @@ def _read_off(
         width = (above / sigma_max[members]) * (sigma_min[members] / smallest)
         exact = stretch[members] * width - 1 + rounding_error(largest / smallest, n)
         attained = attained.index_put((members,), exact)
-    return Values(sigma_max, sigma_min, factor.log_volume, norm_squared.sqrt(), attained.nan_to_num(nan=torch.inf))
+    return Spectrum.of_ends(
+        sigma_max, sigma_min, factor.log_volume, norm_squared.sqrt(), attained.nan_to_num(nan=torch.inf)
+    )
 
 
 def _ends_of_dense(factor: Factor, refined: bool) -> _Ends:
