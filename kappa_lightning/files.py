@@ -96,6 +96,25 @@ def _clean_up(target: Path, but: Path) -> None:
                 os.close(handle)
 
 
+def locked_elsewhere(handle: int) -> bool:
+    """Take a file's lock for this process, and say whether another one has it; where there are no locks, nobody has.
+
+    The lock goes with the open file, whatever ends this process.
+
+    Args:
+        handle: of an open file.
+    """
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # this file system has no locks
+        return False
+    return False
+
+
 def _lock(handle: int, *, wait: bool) -> bool:
     """Whether an open file could be locked for this process; Windows and some file systems have no such locks."""
     if sys.platform == "win32":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -220,24 +221,26 @@ class KappaProfile:
         """
         settings = settings or ProfileSettings()
         processes = processes or Processes()
-        journal: Journal | None = None
-        with processes.failing_together():
-            here = save_to is not None and Path(save_to).parent.is_dir()
-            if save_to is not None and not here and processes.is_global_zero:
-                raise FileNotFoundError(
-                    f"the profile cannot be saved to {save_to}: there is no folder {Path(save_to).parent}"
-                )
-            if save_to is not None and here:  # on other nodes than the first the folder may not be there
-                journal = Journal(f"{os.fspath(save_to)}.partial", settings, rank=processes.rank)
-        neighbors = processes.local_world_size()
-        compute = partial(compute_rows, settings=settings, device=device, journal=journal, neighbors=neighbors)
-        finished = {row.name: row for row in compute_distributed(weights, compute, processes, watch)}
-        profile = cls((finished[weight.name] for weight in weights), settings)
-        with processes.failing_together():
-            if save_to is not None and processes.is_global_zero:
-                profile.save(save_to)
-        if journal is not None:
-            journal.remove()
+        with contextlib.ExitStack() as stack:
+            journal: Journal | None = None
+            with processes.failing_together():
+                here = save_to is not None and Path(save_to).parent.is_dir()
+                if save_to is not None and not here and processes.is_global_zero:
+                    raise FileNotFoundError(
+                        f"the profile cannot be saved to {save_to}: there is no folder {Path(save_to).parent}"
+                    )
+                if save_to is not None and here:  # on other nodes than the first the folder may not be there
+                    journal = Journal(f"{os.fspath(save_to)}.partial", settings, rank=processes.rank)
+                    stack.enter_context(journal)
+            neighbors = processes.local_world_size()
+            compute = partial(compute_rows, settings=settings, device=device, journal=journal, neighbors=neighbors)
+            finished = {row.name: row for row in compute_distributed(weights, compute, processes, watch)}
+            profile = cls((finished[weight.name] for weight in weights), settings)
+            with processes.failing_together():
+                if save_to is not None and processes.is_global_zero:
+                    profile.save(save_to)
+            if journal is not None:
+                journal.remove()
         return profile
 
     def select(
@@ -362,11 +365,19 @@ class KappaProfile:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> KappaProfile:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if an entry has the wrong type or makes no sense.
+        """
         if not isinstance(state["rows"], list):
             raise ValueError(f"its rows are a {type(state['rows']).__name__}, not a list")
+        settings = ProfileSettings.from_dict(state)
         rows = [KappaRow.from_dict(entry) for entry in state["rows"]]
-        return cls(rows, ProfileSettings.from_dict(state))
+        for row in rows:
+            if row.experts != settings.combine:
+                raise ValueError(f"the row of {row.name!r} has experts={row.experts!r}, not {settings.combine!r}")
+        return cls(rows, settings)
 
     def __len__(self) -> int:
         return len(self._rows)

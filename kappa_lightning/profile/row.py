@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,6 +13,7 @@ from kappa_lightning.profile.file import decode
 from kappa_lightning.profile.settings import EXPERTS
 
 _PER_MATRIX = ("kappas", "sigma_maxs", "log_volumes", "frobenius_norms")
+_FINGERPRINT = re.compile("[0-9a-f]{16}")
 _NUMBERS = ("kappa", "sigma_max", "sigma_min", "log_volume", "frobenius_norm", "rtol")
 
 
@@ -95,36 +98,86 @@ class KappaRow:
         """The inverse of :meth:`to_dict`, lists being taken for tuples.
 
         Raises:
-            ValueError: if an entry is missing, is unknown or has the wrong type.
+            ValueError: if an entry is missing, is unknown, has the wrong type, or cannot be: sizes or figures that
+                contradict each other, a κ below 1.
         """
         if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(cls)}:
-            raise ValueError(f"a row must have the entries {', '.join(field.name for field in fields(cls))}: {entry!r}")
-        entry = {**entry, **{key: decode(entry[key]) for key in _NUMBERS}}
+            wanted = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"a row must have the entries {wanted}: {reprlib.repr(entry)}")
+        values: dict[str, Any] = {key: _text(key, entry[key]) for key in ("name", "experts", "dtype", "fingerprint")}
+        values |= {key: _number(key, entry[key]) for key in _NUMBERS}
+        values |= {key: _sizes(key, entry[key]) for key in ("shape", "matrix_shape")}
         for key in _PER_MATRIX:
-            if entry[key] is not None:
-                entry[key] = tuple(decode(number) for number in _tuple(entry[key]))
-        row = cls(**{**entry, **{key: _tuple(entry[key]) for key in ("shape", "matrix_shape")}})
-        texts = (row.name, row.dtype, row.fingerprint, row.experts)
-        stacks = [getattr(row, key) for key in _PER_MATRIX]
-        numbers = [getattr(row, key) for key in _NUMBERS] + [number for stack in stacks for number in stack or ()]
-        valid = (
-            all(isinstance(text, str) for text in texts)
-            and all(_is_number(number) for number in numbers)
-            and len({None if stack is None else len(stack) for stack in stacks}) == 1
-            and len(row.matrix_shape) == 2
-            and all(isinstance(size, int) for size in (*row.shape, *row.matrix_shape))
-            and row.experts in EXPERTS
-        )
-        if not valid:
-            raise ValueError(f"a row has an entry of the wrong type: {entry!r}")
+            numbers = entry[key]
+            values[key] = None if numbers is None else tuple(_number(key, number) for number in _list(key, numbers))
+        row = cls(**values)
+        row._require_sense()
         return row
 
+    def _require_sense(self) -> None:
+        """Raise a ValueError if the entries, each of which has its type, cannot be those of any tensor."""
+        stacks = [getattr(self, key) for key in _PER_MATRIX]
+        count = len(stacks[0]) if stacks[0] is not None else 1
+        rows, cols = self.matrix_shape if len(self.matrix_shape) == 2 else (0, 0)
+        all_kappas = self.kappas if self.kappas is not None else (self.kappa,)
+        # Rounding, and the orthogonal matrices of version 0.1.0.
+        lowest, ends = 1 - 1e-9, (1 + 1e-9) * self.sigma_max
+        problem = (
+            f"experts={self.experts!r} is unknown" if self.experts not in EXPERTS
+            else f"the fingerprint {self.fingerprint!r} is none" if not _FINGERPRINT.fullmatch(self.fingerprint)
+            else "it has figures for different numbers of matrices"
+            if len({None if stack is None else len(stack) for stack in stacks}) > 1 or not count
+            else f"matrix_shape={self.matrix_shape} is no shape of a matrix" if len(self.matrix_shape) != 2
+            else f"{count} of shape {self.matrix_shape} do not make up shape={self.shape}"
+            if count * rows * cols != self.num_parameters
+            else f"κ is below 1: {min(all_kappas)}" if min(all_kappas) < lowest
+            else f"kappa={self.kappa} is not the {self.experts} of its kappas"
+            if self.kappas is not None and not _close(self.kappa, self.combine(self.kappas))
+            else f"sigma_min={self.sigma_min} is not between 0 and sigma_max={self.sigma_max}"
+            if not 0 <= self.sigma_min <= ends
+            else f"frobenius_norm={self.frobenius_norm} or rtol={self.rtol} is negative"
+            if min(self.frobenius_norm, self.rtol, *(self.sigma_maxs or ()), *(self.frobenius_norms or ())) < 0
+            else None
+        )  # fmt: skip
+        if problem is not None:
+            raise ValueError(f"the row of {self.name!r} makes no sense: {problem}")
 
-def _tuple(values: Any) -> tuple[Any, ...]:
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"a row has {values!r} where a list belongs")
-    return tuple(values)
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong_type(key, value)
+    return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+def _number(key: str, value: Any) -> float:
+    value = decode(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _wrong_type(key, value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"a row has a number in {key} that no float can hold") from error
+    if math.isnan(number):
+        raise _wrong_type(key, value)
+    return number
+
+
+def _sizes(key: str, value: Any) -> tuple[int, ...]:
+    sizes = tuple(_list(key, value))
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise _wrong_type(key, value)
+    return sizes
+
+
+def _list(key: str, value: Any) -> Iterable[Any]:
+    if not isinstance(value, list | tuple):
+        raise _wrong_type(key, value)
+    return value
+
+
+def _wrong_type(key: str, value: Any) -> ValueError:
+    return ValueError(f"a row has an entry of the wrong type: {key} is {reprlib.repr(value)}")
+
+
+def _close(one: float, other: float) -> bool:
+    return one == other or math.isclose(one, other, rel_tol=1e-9)

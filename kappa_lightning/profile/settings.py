@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,9 +84,20 @@ class ProfileSettings:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> ProfileSettings:
-        """The inverse of :attr:`of_rows`; further entries are passed over."""
-        parts = {key: state.get(key, usual) for key, usual in _PARTS.items()}
-        return cls(state["solver"], state["rtol"], state["experts"], **parts)
+        """The inverse of :attr:`of_rows`, also of one from a damaged file; further entries are passed over.
+
+        Raises:
+            ValueError: if one has the wrong type or is out of range.
+        """
+        named = {key: state[key] for key in ("solver", "experts")}
+        named |= {key: state.get(key, usual) for key, usual in _PARTS.items()}
+        for key, value in named.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{key}={reprlib.repr(value)} is no name")
+        try:
+            return cls(rtol=state["rtol"], **named)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"rtol={reprlib.repr(state['rtol'])} is no number") from error
 
     @property
     def combine(self) -> str:

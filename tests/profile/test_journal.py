@@ -1,12 +1,17 @@
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from saved_profiles import DATA, net_of_version_0_1_0
 from torch import nn
 
 import kappa_lightning.profile.compute
 from kappa_lightning import KappaProfile
+from kappa_lightning.profile.file import checksum
 
 
 class Interruption(Exception):
@@ -215,6 +220,83 @@ def test_header_that_was_cut_off_starts_anew(net, out, partial, steps):
     assert steps.shapes == SHAPES
 
 
+HEADER = '{"format": "kappa-lightning journal"'
+
+
+@pytest.mark.parametrize("first", [None, "", HEADER[:7], HEADER, "\0" * 200])
+def test_journal_that_has_lost_its_header_is_started_anew(net, out, partial, steps, first):
+    interrupt(net, out, steps, after=3)
+    rest = partial.read_text().split("\n", 1)[1]
+    partial.write_text(rest if first is None else f"{first}\n{rest}")
+    profile_of(net, out)
+    assert steps.shapes == SHAPES
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line.replace('"kappa": ', '"kappa": 1'),
+        lambda line: "[" * 100_000,
+        lambda line: line.replace('"kappa": ', f'"kappa": {10**400}'),
+        lambda line: line[:50],
+        lambda line: "\0" * 100,
+        lambda line: line.replace('"experts": "mean"', '"experts": "max"'),
+    ],
+)
+def test_damaged_line_costs_its_row_alone(net, out, partial, steps, damage):
+    interrupt(net, out, steps, after=3)
+    lines = partial.read_text().splitlines()
+    assert damage(lines[2]) != lines[2]
+    lines[2] = damage(lines[2])
+    partial.write_text("\n".join(lines) + "\n")
+    resumed = profile_of(net, out)
+    assert steps.shapes == [SHAPES[1], *SHAPES[3:]]
+    assert resumed == KappaProfile.from_model(net, progress=False)
+
+
+def test_row_of_other_settings_is_computed_again_though_its_checksum_fits(net, out, partial, steps):
+    interrupt(net, out, steps, after=2)
+    lines = partial.read_text().splitlines()
+    entry = json.loads(lines[1])["row"] | {"experts": "max"}
+    lines[1] = json.dumps({"row": entry, "checksum": checksum(entry)})
+    partial.write_text("\n".join(lines) + "\n")
+    assert profile_of(net, out) == KappaProfile.from_model(net, progress=False)
+
+
+OTHER = """
+import sys
+from kappa_lightning.profile.journal import Journal
+from kappa_lightning.profile.settings import ProfileSettings
+with Journal(sys.argv[1], ProfileSettings()):
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_file_that_another_process_profiles_to_is_refused_and_left_alone(net, out, partial, steps):
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(partial)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"there\n"
+        before = partial.read_bytes()
+        with pytest.raises(BlockingIOError, match=r"another process is profiling .*kappa\.json\.partial"):
+            profile_of(net, out)
+        assert partial.read_bytes() == before
+        assert steps.shapes == []
+        other.communicate()
+    profile_of(net, out)
+    assert steps.shapes == SHAPES
+
+
+def test_rows_of_version_0_1_0_are_taken_over(out, partial, steps):
+    shutil.copy(DATA / "journal-0.1.0.partial", partial)
+    net = net_of_version_0_1_0()
+    profile = profile_of(net, out, experts="median", rtol=1e-4)
+    assert steps.shapes == [(3, 3)]
+    assert profile == KappaProfile.load(DATA / "profile-0.1.0.json")
+
+
 @pytest.mark.parametrize("content", ["my notes\n", '{"format": "kappa-lightning profile"}\n', "[1, 2]\n"])
 def test_foreign_file_in_its_place_is_refused_and_left_alone(net, out, partial, steps, content):
     partial.write_text(content)
@@ -230,7 +312,7 @@ def test_every_line_of_a_journal_is_strict_json(net, out, partial, steps):
     interrupt(net, out, steps, after=2)
     lines = partial.read_text().splitlines()
     rows = [json.loads(line, parse_constant=_no_constant) for line in lines[1:]]
-    assert [row["name"] for row in rows] == ["0.weight", "1.weight"]
+    assert [row["row"]["name"] for row in rows] == ["0.weight", "1.weight"]
 
 
 def _no_constant(text):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -6,10 +7,12 @@ import stat
 
 import pytest
 import torch
+from saved_profiles import DATA, net_of_version_0_1_0
 from torch import nn
 
 from kappa_lightning import KappaProfile
 from kappa_lightning.profile import KappaRow
+from kappa_lightning.profile.file import checksum
 
 
 class Fused(nn.Module):
@@ -37,10 +40,16 @@ def saved(profile, tmp_path):
 
 
 def edited(path, change):
+    """Changes a saved profile, as if it had been written so."""
     document = json.loads(path.read_text(encoding="utf-8"))
+    del document["checksum"]
     change(document)
-    path.write_text(json.dumps(document), encoding="utf-8")
+    path.write_text(json.dumps({**document, "checksum": checksum(document)}), encoding="utf-8")
     return path
+
+
+def test_edited_files_are_refused_for_what_was_changed_alone(profile, saved):
+    assert KappaProfile.load(edited(saved, lambda document: None)) == profile
 
 
 def test_loading_gives_back_what_was_saved(profile, saved):
@@ -79,7 +88,7 @@ def test_file_is_strict_json_in_utf8(saved):
 def test_file_tells_its_format_schema_and_versions(saved):
     document = json.loads(saved.read_text(encoding="utf-8"))
     assert document["format"] == "kappa-lightning profile"
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == 3
     assert document["versions"]["torch"] == torch.__version__
 
 
@@ -207,12 +216,101 @@ def test_row_without_a_field_is_an_error_that_names_the_file(saved, field):
         ("experts", ["mean"]),
         ("fingerprint", 17),
         ("dtype", None),
+        ("shape", [True, 12]),
+        ("shape", [-4, -3]),
+        ("shape", [0, 3]),
+        ("shape", [4, 4]),
+        ("shape", [10**400, 3]),
+        ("matrix_shape", [4, 4]),
+        ("matrix_shape", [True, 12]),
+        ("kappa", -1.0),
+        ("kappa", 0.9),
+        ("kappa", 10**400),
+        ("kappa", float("nan")),
+        ("kappa", True),
+        ("kappas", [2.0, 3.0]),
+        ("sigma_min", -1.0),
+        ("sigma_min", 1e9),
+        ("sigma_max", -1.0),
+        ("rtol", -1e-3),
+        ("frobenius_norm", -1.0),
+        ("fingerprint", "nonsense"),
+        ("experts", "max"),
     ],
 )
 def test_row_field_of_a_wrong_type_is_an_error_that_names_the_file(saved, field, value):
     edited(saved, lambda document: document["rows"][1].update({field: value}))
     with pytest.raises(ValueError, match=r"kappa\.json"):
         KappaProfile.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"kappa": 7.0}, "is not the mean of its kappas"),
+        ({"kappas": [0.5, 2.0, 3.0]}, "κ is below 1"),
+        ({"kappas": [2.0, 3.0]}, "different numbers of matrices"),
+        ({"kappas": [], "sigma_maxs": [], "log_volumes": [], "frobenius_norms": []}, "different numbers"),
+        ({"sigma_maxs": [1.0, -1.0, 2.0]}, "negative"),
+        ({"shape": [2, 4, 5]}, r"3 of shape \(4, 5\) do not make up shape=\(2, 4, 5\)"),
+    ],
+)
+def test_stack_that_contradicts_itself_is_an_error_that_says_how(saved, change, part):
+    edited(saved, lambda document: document["rows"][0].update(change))
+    with pytest.raises(ValueError, match=rf"kappa\.json is a damaged profile: .*'experts'.*{part}"):
+        KappaProfile.load(saved)
+
+
+def test_second_row_of_a_name_is_an_error_that_names_it(saved):
+    edited(saved, lambda document: document["rows"].append(document["rows"][1] | {"kappa": 9.0}))
+    with pytest.raises(ValueError, match=r"kappa\.json.*two rows .* 'good\.weight'"):
+        KappaProfile.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("solver", "guess"), ("solver", ["auto"]), ("rtol", 0), ("rtol", -1e-3), ("rtol", "small"), ("rtol", True),
+        ("rtol", None), ("rtol", 10**400), ("experts", "min"), ("experts", {}),
+    ],
+)  # fmt: skip
+def test_setting_that_makes_no_sense_is_an_error_that_names_it(saved, entry, value):
+    edited(saved, lambda document: document.update({entry: value}))
+    with pytest.raises(ValueError, match=rf"kappa\.json is a damaged profile: .*{entry}"):
+        KappaProfile.load(saved)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"rows": ' + "[" * 100_000, "1" * 10_000])
+def test_json_that_cannot_be_read_is_an_error_that_names_the_file(saved, content):
+    saved.write_text(content)
+    with pytest.raises(ValueError, match=r"kappa\.json is no profile or a truncated one"):
+        KappaProfile.load(saved)
+
+
+def test_no_flipped_bit_changes_a_profile_silently(profile, saved):
+    content = saved.read_bytes()
+    silent = []
+    for bit in range(0, 8 * len(content), 23):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        saved.write_bytes(flipped)
+        with contextlib.suppress(ValueError):
+            silent.append(KappaProfile.load(saved))
+    # Between two tokens a blank may become another blank.
+    assert all(loaded == profile for loaded in silent)
+    assert len(silent) < len(content) / 100
+
+
+def test_profile_of_version_0_1_0_loads_and_is_that_of_its_model():
+    loaded = KappaProfile.load(DATA / "profile-0.1.0.json")
+    assert (loaded.solver, loaded.rtol, loaded.experts) == ("auto", 1e-4, "median")
+    net = net_of_version_0_1_0()
+    loaded.check(net)
+    computed = KappaProfile.from_model(net, progress=False, rtol=1e-4, experts="median")
+    assert [row.name for row in loaded] == [row.name for row in computed]
+    for row in loaded:
+        assert row.kappa == pytest.approx(computed[row.name].kappa, rel=1e-4)
+        assert row.kappas == (computed[row.name].kappas and pytest.approx(computed[row.name].kappas, rel=1e-4))
 
 
 @pytest.mark.parametrize("rows", [3, None, "rows", {"a": 1}, [3], [None], [["name", "a"]]], ids=str)
