@@ -5,36 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from kappa_lightning.evaluation import Share
 from kappa_lightning.processes import Processes
 from kappa_lightning.strategies.optimizers import drop_from_optimizers
 from kappa_lightning.weights import plain_parameters
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """The batches of an evaluation that a process reads: number ``index``, ``index + count`` and so on.
-
-    Attributes:
-        index: the place of this process among those that share the batches.
-        count: how many do.
-        lockstep: whether a forward pass needs all processes, so that each must run as many of them.
-        group: who adds up a metric; ``None`` is all processes.
-    """
-
-    index: int = 0
-    count: int = 1
-    lockstep: bool = False
-    group: ProcessGroup | None = None
 
 
 class StrategyAdapter:

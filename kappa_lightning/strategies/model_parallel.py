@@ -18,8 +18,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
+from kappa_lightning.evaluation import Share
 from kappa_lightning.processes import Processes
-from kappa_lightning.strategies.adapter import Share, StrategyAdapter
+from kappa_lightning.strategies.adapter import StrategyAdapter
 from kappa_lightning.strategies.buffers import those_of_the_first
 
 

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAUROC
 
 from kappa_lightning import AccuracyProbe, ForgettingEval, Probe
-from kappa_lightning.callbacks.batches import SharedBatches
+from kappa_lightning.evaluation import SharedBatches
 from kappa_lightning.strategies import Share
 
 

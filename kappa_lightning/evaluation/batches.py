@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from kappa_lightning.probes import known_length
-from kappa_lightning.strategies import Share
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The batches of an evaluation that a process reads: number ``index``, ``index + count`` and so on.
+
+    Attributes:
+        index: the place of this process among those that share the batches.
+        count: how many do.
+        lockstep: whether a forward pass needs all processes, so that each must run as many of them.
+        group: who adds up a metric; ``None`` is all processes.
+    """
+
+    index: int = 0
+    count: int = 1
+    lockstep: bool = False
+    group: ProcessGroup | None = None
 
 
 class SharedBatches(Iterable[tuple[Any, bool]]):
