@@ -22,7 +22,8 @@ from kappa_lightning import (
 PACKAGE = pathlib.Path(kappa_lightning.__file__).parent
 NAMES = [
     "KappaFreezeCallback", "KappaMonitor", "ForgettingEval", "Probe", "PerplexityProbe", "SimilarityProbe",
-    "AccuracyProbe", "AgreementProbe", "KappaProfile", "Spectrum", "spectrum", "condition_number", "lora_targets",
+    "AccuracyProbe", "AgreementProbe", "KappaProfile", "Spectrum", "spectrum", "condition_number", "evaluate_probe",
+    "lora_targets",
 ]  # fmt: skip
 BUDGETS = {"top_p": None, "num_tensors": None, "max_kappa": None, "max_params": None, "criterion": "kappa"}
 REQUIRED = inspect.Parameter.empty
@@ -209,7 +210,7 @@ def rooms():
 
 
 def test_only_callbacks_and_strategies_import_lightning():
-    allowed = {"callbacks", "strategies", "cli", "__init__"}
+    allowed = {"callbacks", "evaluation", "strategies", "cli", "__init__"}
     for path, source in sources().items():
         if room_of(path) not in allowed:
             roots = {name.split(".")[0] for name in imports_of(source)}
