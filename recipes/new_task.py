@@ -27,7 +27,7 @@ from recipes.shared.comparison import Result, run, show
 from recipes.shared.encoding import Sample
 from recipes.shared.module import load_encoder
 from recipes.shared.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
-from recipes.shared.small_models import SMALL_LLAMA
+from recipes.shared.small_models import SMALL_LLAMA, SMALL_MOE
 from recipes.shared.sorting import SORTING, sorting_samples
 from recipes.shared.tensorboard import tensorboard
 
@@ -98,7 +98,7 @@ class AnswerData(pl.LightningDataModule):
 
 def probes_of(model: str, text: str | None) -> tuple[Callable[[], Mapping[str, Probe]], dict[str, str]]:
     """What the model knew: facts of the small world or text, and its own distributions; and the columns' names."""
-    if model == SMALL_LLAMA:
+    if model in (SMALL_LLAMA, SMALL_MOE):
         return (
             lambda: {"world": WorldAccuracy(model, images=False), "agreement": WorldAgreement(model, images=False)},
             {"world": "facts", "agreement": "agreement"},
@@ -118,7 +118,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "Llama is pretrained first and kept on disk.",
         formatter_class=DefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default=SMALL_LLAMA, help="hub id or folder")
+    parser.add_argument(
+        "--model", default=SMALL_LLAMA, help="hub id or folder; small-llama and small-moe need no download"
+    )
     parser.add_argument("--data", default=SORTING, help='sorting, or a file with lines {"prompt": …, "answer": …}')
     parser.add_argument("--test-size", type=int, default=200, help="prompts that are held out")
     add_arguments(parser, log_dir=Path("runs/new_task"), towers=False)

@@ -1,4 +1,4 @@
-"""The text task that needs no file: three numbers in words, to be sorted; and a small Llama that knows the words."""
+"""The text task that needs no file: three numbers in words, to be sorted; and small models that know the words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipes.shared.encoding import Sample
 from recipes.shared.pretraining import Schooling
-from recipes.shared.small_llama import small_llama
+from recipes.shared.small_llama import small_llama, small_moe
 from recipes.shared.world import NUMBERS
 
 SORTING = "sorting"
@@ -43,5 +43,14 @@ def sorting_samples() -> tuple[list[Sample], list[Sample]]:
 
 def small_sorter(cache: Path) -> Path:
     """The folder of a small Llama that knows the text world, and the words of the task."""
-    words = [f"{sample.prompt} {sample.answer}" for sample in sorting_samples()[0]]
-    return small_llama(cache, sorted({word for text in words for word in text.split()}), SCHOOLING)
+    return small_llama(cache, _words(), SCHOOLING)
+
+
+def small_moe_sorter(cache: Path) -> Path:
+    """The folder of a small mixture of experts that knows the text world, and the words of the task."""
+    return small_moe(cache, _words(), SCHOOLING)
+
+
+def _words() -> list[str]:
+    texts = [f"{sample.prompt} {sample.answer}" for sample in sorting_samples()[0]]
+    return sorted({word for text in texts for word in text.split()})
