@@ -14,7 +14,7 @@ from kappa_lightning.cli.terminal import print_table, say
 from kappa_lightning.profile.estimate import Estimate, Shape, estimate_profile
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.tables import counted
-from kappa_lightning.weights import checkpoint_weights, match_names
+from kappa_lightning.weights import Weight, checkpoint_weights, match_names
 
 _SHARES = (0.1, 0.2, 0.5, 1.0)
 _LEAST_WIDTH = 60
@@ -24,13 +24,9 @@ def show_plan(args: Namespace) -> int:
     """Print the estimate for the model and the settings of a scan's arguments."""
     if args.devices < 1:
         raise ValueError(f"--devices {args.devices} must be at least 1")
-    weights = checkpoint_weights(args.model)
-    names = [weight.name for weight in weights]
-    wanted = match_names(names, args.include, argument="--include", aliases={})
-    wanted -= match_names(names, args.exclude, argument="--exclude", aliases={})
     settings = ProfileSettings(args.solver, args.rtol, args.experts, args.memory)
-    # With a row for each expert the work is the same.
-    chosen = [weight for weight in weights if weight.name in wanted]
+    # Whole tensors, since the work on them is that on their experts.
+    chosen = chosen_weights(args, split=False)
     device = device_of(args) or "cpu"
     estimate = estimate_profile(chosen, settings, device=device, track=_track)
     print_table(_time(estimate), least_width=_LEAST_WIDTH)
@@ -44,6 +40,22 @@ def show_plan(args: Namespace) -> int:
     print_table(_memory(estimate), least_width=_LEAST_WIDTH)
     say("In the precision of the file, without activations. The gradient for the sensitivity is gone before training.")
     return 0
+
+
+def chosen_weights(args: Namespace, *, split: bool = True) -> list[Weight]:
+    """The checkpoint's weights that the patterns leave, as parts where a row for each is asked for.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    weights = checkpoint_weights(args.model)
+    names = [weight.name for weight in weights]
+    wanted = match_names(names, args.include, argument="--include", aliases={})
+    wanted -= match_names(names, args.exclude, argument="--exclude", aliases={})
+    chosen = [weight for weight in weights if weight.name in wanted]
+    if not chosen:
+        raise ValueError(f"no matrix to profile: --include {args.include} and --exclude {args.exclude} leave none")
+    return ProfileSettings(experts=args.experts).split(chosen) if split else chosen
 
 
 def _track(shapes: Sequence[Shape]) -> Iterable[Shape]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ from kappa_lightning.cli.arguments import (
     size_in_bytes,
 )
 from kappa_lightning.cli.command import Command
-from kappa_lightning.cli.plan import show_plan
+from kappa_lightning.cli.plan import chosen_weights, show_plan
 from kappa_lightning.cli.terminal import print_table, printable, say
 from kappa_lightning.files import replacing
 from kappa_lightning.profile import KappaProfile, KappaRow
-from kappa_lightning.profile.settings import EACH, EXPERTS
+from kappa_lightning.profile.progress import progress_bar
+from kappa_lightning.profile.settings import EACH, EXPERTS, ProfileSettings
+from kappa_lightning.profile.shares import profile_share, rank_of_launcher
 from kappa_lightning.selection import rank, select
 from kappa_lightning.spectra import SOLVERS
 from kappa_lightning.tables import counted, format_kappa
@@ -65,6 +68,15 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--devices", type=int, default=1, metavar="N", help="with --plan: how many devices like this one share the work"
     )
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="do only this share of the work, from 0; the last one writes --out"
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="how many shares there are, on machines with a folder in common"
+    )
+    parser.add_argument(
+        "--shared", action="store_true", help="take rank and world size from torchrun, a Slurm array or srun"
+    )
     parser.add_argument("--names", action="store_true", help="print only the names of what trains, one a line")
 
 
@@ -75,17 +87,9 @@ def _scan(args: Namespace) -> int:
     require_writable(args.out, args.figure)
     if args.figure is not None:
         _require_known_format(args.figure)
-    profile = KappaProfile.from_checkpoint(
-        args.model,
-        include=args.include,
-        exclude=args.exclude,
-        device=device_of(args),
-        solver=args.solver,
-        rtol=args.rtol,
-        experts=args.experts,
-        save_to=args.out,
-        memory_budget=args.memory,
-    )
+    profile = _profile(args)
+    if profile is None:
+        return 0
     names = select(list(profile), budget, args.criterion, within=args.within, seed=args.seed)
     if args.figure is not None:
         _draw(profile, names, f"{'/'.join(Path(args.model).parts[-2:])}, {budget}", args.figure)
@@ -104,6 +108,41 @@ def _scan(args: Namespace) -> int:
         f"{counted(total, 'parameter')} ({chosen / total:.1%})"
     )
     return 0
+
+
+def _profile(args: Namespace) -> KappaProfile | None:
+    """The profile; ``None`` if this was one share of it and others are missing."""
+    if args.rank is None and args.world_size is None and not args.shared:
+        return KappaProfile.from_checkpoint(
+            args.model,
+            include=args.include,
+            exclude=args.exclude,
+            device=device_of(args),
+            solver=args.solver,
+            rtol=args.rtol,
+            experts=args.experts,
+            save_to=args.out,
+            memory_budget=args.memory,
+        )
+    if not args.shared and (args.rank is None or args.world_size is None):
+        raise ValueError("--rank and --world-size go together; --shared takes both from torchrun or Slurm")
+    if args.out is None:
+        raise ValueError("a scan in shares needs --out, beside which the shares are kept")
+    rank, world_size = rank_of_launcher(os.environ) if args.shared else (args.rank, args.world_size)
+    profile, missing = profile_share(
+        chosen_weights(args),
+        ProfileSettings(args.solver, args.rtol, args.experts, args.memory),
+        rank=rank,
+        world_size=world_size,
+        source=args.model,
+        save_to=args.out,
+        device=device_of(args) or "cpu",
+        watch=progress_bar,
+    )
+    if profile is None:
+        ranks = ", ".join(map(str, missing))
+        say(f"The share of rank {rank} is done. Missing: rank {ranks} of {world_size}; the last writes {args.out}.")
+    return profile
 
 
 def _table(ranking: Sequence[KappaRow], selected: Sequence[str]) -> Table:
