@@ -27,12 +27,13 @@ ORDER = [
     "kappa_lightning.information",
     "kappa_lightning.selection",
     "kappa_lightning.profile",
+    # What a model says, which its sensitivity is of.
+    "kappa_lightning.probes",
     "kappa_lightning.sensitivity",
     "kappa_lightning.tables",
     "kappa_lightning.figures",
     "kappa_lightning.lora",
     # What needs a model that runs.
-    "kappa_lightning.probes",
     "kappa_lightning.evaluation",
     "kappa_lightning.strategies",
     "kappa_lightning.callbacks",

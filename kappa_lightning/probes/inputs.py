@@ -62,6 +62,9 @@ class ReferenceInputs:
         self.batches = batches
         self.output = output
 
+    def __str__(self) -> str:
+        return "batches of the user"
+
     def prepare(
         self, module: nn.Module, task: Iterable[Any] = (), *, watch: Callable[[int], Any] | None = None
     ) -> Iterable[Any]:
@@ -110,11 +113,14 @@ class TaskInputs(ReferenceInputs):
     def __init__(self, output: Output | None = None) -> None:
         super().__init__((), output)
 
+    def __str__(self) -> str:
+        return "the task's own inputs"
+
     def prepare(
         self, module: nn.Module, task: Iterable[Any] = (), *, watch: Callable[[int], Any] | None = None
     ) -> Iterable[Any]:
         """The task's batches themselves."""
-        return task
+        return list(task)
 
 
 class GeneratedText(ReferenceInputs):
@@ -136,7 +142,7 @@ class GeneratedText(ReferenceInputs):
         self,
         num_sequences: int = 64,
         num_tokens: int = 96,
-        batch_size: int = 8,
+        batch_size: int = 4,
         begin_token: int | None = None,
         text: Mapping[str, Tensor] | None = None,
         seed: int = 0,
@@ -155,6 +161,9 @@ class GeneratedText(ReferenceInputs):
         self.begin_token = begin_token
         self.text = text
         self.seed = seed
+
+    def __str__(self) -> str:
+        return f"{self.num_sequences} generated sequences of up to {self.num_tokens} tokens"
 
     def prepare(
         self, module: nn.Module, task: Iterable[Any] = (), *, watch: Callable[[int], Any] | None = None

@@ -6,7 +6,7 @@ A criterion gives each row a score, the lowest scores train first, and the budge
 from kappa_lightning.selection.budget import DEFAULT_TOP_P, Budget
 from kappa_lightning.selection.criteria import CRITERIA, Criterion, Matrix, Scorable, criterion_of, per_matrix, register
 from kappa_lightning.selection.expected_kappa import expected_log_kappa
-from kappa_lightning.selection.ranking import GROUPINGS, check_ranking, rank, select
+from kappa_lightning.selection.ranking import GROUPINGS, check_ranking, rank, select, take
 
 __all__ = [
     "CRITERIA",
@@ -23,4 +23,5 @@ __all__ = [
     "rank",
     "register",
     "select",
+    "take",
 ]

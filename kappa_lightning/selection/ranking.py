@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from fractions import Fraction
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from kappa_lightning.selection.budget import Budget
 from kappa_lightning.selection.criteria import Scorable, criterion_of
 from kappa_lightning.weights.roles import depth_and_role
 
 Row = TypeVar("Row", bound=Scorable)
+
+
+class Sized(Protocol):
+    """What a budget counts: one candidate."""
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of entries of the tensor."""
+
 
 GROUPINGS: dict[str, Callable[[Scorable], Hashable]] = {
     "all": lambda row: None,
@@ -102,12 +115,6 @@ def select(
     if not rows:
         raise ValueError("there is nothing to train: no tensor is a candidate")
     ranking = rank(rows, criterion, within=within, seed=seed)
-    if budget.top_p is not None:
-        return [row.name for row in ranking[: max(1, _share_of(budget.top_p, len(ranking)))]]
-    if budget.num_tensors is not None:
-        if budget.num_tensors > len(ranking):
-            raise ValueError(f"num_tensors={budget.num_tensors} asks for more than the {len(ranking)} candidates")
-        return [row.name for row in ranking[: budget.num_tensors]]
     if budget.max_kappa is not None:
         chosen = [row.name for row in ranking if row.kappa <= budget.max_kappa]
         if not chosen:
@@ -117,6 +124,25 @@ def select(
                 f"{lowest.kappa:.4g} of {lowest.name}"
             )
         return chosen
+    return take(ranking, budget)
+
+
+def take(ranking: Sequence[Sized], budget: Budget) -> list[str]:
+    """The names of what a budget of tensors or parameters takes of a ranking, whatever ranked it.
+
+    Args:
+        ranking: the candidates, the first to train first.
+        budget: any but ``max_kappa``.
+
+    Raises:
+        ValueError: if the budget asks for more tensors than there are, or nothing fits it.
+    """
+    if budget.top_p is not None:
+        return [row.name for row in ranking[: max(1, _share_of(budget.top_p, len(ranking)))]]
+    if budget.num_tensors is not None:
+        if budget.num_tensors > len(ranking):
+            raise ValueError(f"num_tensors={budget.num_tensors} asks for more than the {len(ranking)} candidates")
+        return [row.name for row in ranking[: budget.num_tensors]]
     return _fill(ranking, budget)
 
 
@@ -125,7 +151,7 @@ def _share_of(share: float, total: int) -> int:
     return math.floor(share * total * (1 + 1e-12))
 
 
-def _fill(ranking: Sequence[Scorable], budget: Budget) -> list[str]:
+def _fill(ranking: Sequence[Sized], budget: Budget) -> list[str]:
     limit = budget.max_params
     assert limit is not None
     if isinstance(limit, float):
