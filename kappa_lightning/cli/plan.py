@@ -14,7 +14,7 @@ from kappa_lightning.cli.terminal import print_table, say
 from kappa_lightning.profile.estimate import Estimate, Shape, estimate_profile
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.tables import counted
-from kappa_lightning.weights import Weight, checkpoint_weights, match_names
+from kappa_lightning.weights import Weight, checkpoint_weights, included_by_name
 
 _SHARES = (0.1, 0.2, 0.5, 1.0)
 _LEAST_WIDTH = 60
@@ -48,11 +48,7 @@ def chosen_weights(args: Namespace, *, split: bool = True) -> list[Weight]:
     Raises:
         ValueError: if none is left.
     """
-    weights = checkpoint_weights(args.model)
-    names = [weight.name for weight in weights]
-    wanted = match_names(names, args.include, argument="--include", aliases={})
-    wanted -= match_names(names, args.exclude, argument="--exclude", aliases={})
-    chosen = [weight for weight in weights if weight.name in wanted]
+    chosen = included_by_name(checkpoint_weights(args.model), args.include, args.exclude, option="--")
     if not chosen:
         raise ValueError(f"no matrix to profile: --include {args.include} and --exclude {args.exclude} leave none")
     return ProfileSettings(experts=args.experts).split(chosen) if split else chosen

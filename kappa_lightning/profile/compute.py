@@ -167,6 +167,7 @@ def _row(weight: Weight, spectra: Spectrum, content: str, experts: str) -> Kappa
         experts=experts,
         dtype=str(weight.dtype).removeprefix("torch."),
         fingerprint=content,
+        layout=weight.layout,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 _SEPARATE = re.compile(r"\bexperts\.\d+\.")
 _FUSED = re.compile(r"\bexperts\.(?!\d)")
@@ -30,3 +30,23 @@ def fused_experts(row_names: Iterable[str], parameter_names: Iterable[str]) -> s
         f"the profile has the experts of a checkpoint one by one ({separate}), and this model has them fused "
         f"({fused}): their condition numbers differ, so use KappaProfile.from_model"
     )
+
+
+def common_prefixes(names: Sequence[str], row_names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of prefixes such that every name has a row once the one is replaced by the other, the shortest first.
+
+    Example:
+        >>> list(common_prefixes(["net.0.weight", "net.1.weight"], ["module.0.weight", "module.1.weight", "x.weight"]))
+        [('net.', 'module.')]
+    """
+    first = names[0].split(".")
+    pairs = set()
+    for row_name in row_names:
+        row = row_name.split(".")
+        same = next((n for n, (a, b) in enumerate(zip(first[::-1], row[::-1], strict=False)) if a != b), None)
+        common = min(len(first), len(row)) if same is None else same
+        if common:
+            pairs.add(tuple("".join(f"{part}." for part in parts[: len(parts) - common]) for parts in (first, row)))
+    for of_names, of_rows in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), pair)):
+        if all(name.startswith(of_names) and of_rows + name.removeprefix(of_names) in row_names for name in names):
+            yield of_names, of_rows

@@ -20,7 +20,7 @@ from kappa_lightning.profile.compute import compute_rows
 from kappa_lightning.profile.distributed import Watch, compute_distributed
 from kappa_lightning.profile.file import read_profile_file, write_profile_file
 from kappa_lightning.profile.journal import Journal
-from kappa_lightning.profile.mismatch import fused_experts
+from kappa_lightning.profile.mismatch import common_prefixes, fused_experts
 from kappa_lightning.profile.progress import progress_bar
 from kappa_lightning.profile.row import KappaRow
 from kappa_lightning.profile.settings import ProfileSettings
@@ -30,7 +30,7 @@ from kappa_lightning.weights import (
     checkpoint_weights,
     find_weights,
     included,
-    match_names,
+    included_by_name,
 )
 from kappa_lightning.weights.names import plain_name
 
@@ -182,11 +182,7 @@ class KappaProfile:
             ValueError: as in :meth:`from_model`, or if the file is corrupt, foreign or quantized.
         """
         settings = ProfileSettings(solver, rtol, experts, memory_budget, gate_up, heads)
-        weights = checkpoint_weights(path)
-        names = [weight.name for weight in weights]
-        wanted = match_names(names, include, argument="include", aliases={})
-        wanted -= match_names(names, exclude, argument="exclude", aliases={})
-        weights = settings.split([weight for weight in weights if weight.name in wanted])
+        weights = settings.split(included_by_name(checkpoint_weights(path), include, exclude))
         if not weights:
             raise ValueError(f"no matrix to profile: include={list(include)}, exclude={list(exclude)} leave none")
         watch = progress_bar if progress else None
@@ -293,16 +289,15 @@ class KappaProfile:
         ``net.layers.0.weight``. Whether they are the same weights is for :meth:`check` to say.
 
         Args:
-            names: parameter names; each is a row's name, or all are with one common prefix in front.
+            names: parameter names; each is a row's name, or all are with one common prefix in place of one of the rows'
+                (``module.`` of DataParallel, ``model.`` or ``net.`` of a LightningModule, none).
 
         Raises:
             ValueError: if a name has no row.
         """
-        prefixes = [""] + [names[0].removesuffix(row.name) for row in self if names[0].endswith(f".{row.name}")]
-        for prefix in prefixes:
-            if all(name.startswith(prefix) and name.removeprefix(prefix) in self for name in names):
-                rows = (replace(self[name.removeprefix(prefix)], name=name) for name in names)
-                return KappaProfile(rows, self.settings)
+        for of_names, of_rows in common_prefixes(names, self._rows):
+            rows = (replace(self[of_rows + name.removeprefix(of_names)], name=name) for name in names)
+            return KappaProfile(rows, self.settings)
         missing = next(name for name in names if name not in self)
         raise ValueError(
             fused_experts(self._rows, [missing])
@@ -337,6 +332,16 @@ class KappaProfile:
                 yield (
                     f"the profile is another model's: {row.name} is {dtype} of shape {shape} here and {row.dtype} of "
                     f"shape {row.shape} in the profile"
+                )
+            elif row.layout and row.layout != weight.layout:
+                yield (
+                    f"the profile has κ of {row.name} as a {row.layout}, and its layer uses it as a {weight.layout}: "
+                    "compute the profile from the model, or from a checkpoint with its config.json beside it"
+                )
+            elif row.matrix_shape != weight.stack_shape[1:]:
+                yield (
+                    f"the profile has κ of {row.name} as matrices of shape {row.matrix_shape}, and its layer uses it "
+                    f"as {weight.stack_shape[1:]}: compute the profile from the model"
                 )
             elif fingerprint(weight.read()) != row.fingerprint:
                 yield f"the profile is of other weights: the content of {row.name} differs; compute a new profile"

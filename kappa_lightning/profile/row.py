@@ -53,6 +53,8 @@ class KappaRow:
             :data:`~kappa_lightning.profile.settings.EXPERTS`.
         dtype: the stored precision, such as ``"float32"``.
         fingerprint: identifies the stored content.
+        layout: how the tensor was read: a ``"matrix"``, a ``"stack"`` of them, a ``"convolution"`` or a ``"transposed
+            convolution of 1 group(s)"``; empty in files that do not say.
     """
 
     name: str
@@ -71,6 +73,7 @@ class KappaRow:
     experts: str
     dtype: str
     fingerprint: str
+    layout: str = ""
 
     @property
     def num_parameters(self) -> int:
@@ -101,10 +104,14 @@ class KappaRow:
             ValueError: if an entry is missing, is unknown, has the wrong type, or cannot be: sizes or figures that
                 contradict each other, a κ below 1.
         """
+        if isinstance(entry, dict) and "layout" not in entry:  # as version 0.1.0 writes it
+            is_matrix = entry.get("shape") == entry.get("matrix_shape")
+            entry = {**entry, "layout": "matrix" if is_matrix else "stack" if entry.get("kappas") is not None else ""}
         if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(cls)}:
             wanted = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"a row must have the entries {wanted}: {reprlib.repr(entry)}")
-        values: dict[str, Any] = {key: _text(key, entry[key]) for key in ("name", "experts", "dtype", "fingerprint")}
+        texts = ("name", "experts", "dtype", "fingerprint", "layout")
+        values: dict[str, Any] = {key: _text(key, entry[key]) for key in texts}
         values |= {key: _number(key, entry[key]) for key in _NUMBERS}
         values |= {key: _sizes(key, entry[key]) for key in ("shape", "matrix_shape")}
         for key in _PER_MATRIX:

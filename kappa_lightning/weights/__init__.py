@@ -8,7 +8,7 @@ embeddings). Everything else is a *vector*: biases, the parameters of normalizat
 from kappa_lightning.weights.checkpoint import checkpoint_weights
 from kappa_lightning.weights.model import find_weights
 from kappa_lightning.weights.names import plain_parameters, tied_names
-from kappa_lightning.weights.patterns import check_patterns, included, match_names, match_parameters
+from kappa_lightning.weights.patterns import check_patterns, included, included_by_name, match_names, match_parameters
 from kappa_lightning.weights.weight import Weight
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "checkpoint_weights",
     "find_weights",
     "included",
+    "included_by_name",
     "match_names",
     "match_parameters",
     "plain_parameters",

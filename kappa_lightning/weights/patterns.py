@@ -21,6 +21,30 @@ def included(
     return [weight for weight in weights if weight.name in wanted]
 
 
+def included_by_name(
+    weights: Sequence[Weight], include: Sequence[str], exclude: Sequence[str], *, option: str = ""
+) -> list[Weight]:
+    """Those of a checkpoint's matrices that ``include`` matches and ``exclude`` does not.
+
+    Args:
+        weights: what the checkpoint holds.
+        include: as in :func:`match_names`.
+        exclude: as in :func:`match_names`.
+        option: what stands before the two names for the user, such as ``"--"``.
+
+    Raises:
+        ValueError: as :func:`match_names`, or if one of those that remain cannot be read.
+    """
+    names = [weight.name for weight in weights]
+    wanted = match_names(names, include, argument=f"{option}include", aliases={})
+    wanted -= match_names(names, exclude, argument=f"{option}exclude", aliases={})
+    chosen = [weight for weight in weights if weight.name in wanted]
+    for weight in chosen:
+        if weight.refusal is not None:
+            raise ValueError(weight.refusal)
+    return chosen
+
+
 def match_parameters(module: nn.Module, patterns: Sequence[str], *, argument: str) -> set[str]:
     """:func:`match_names` over the plain names of a module's parameters, tied ones by their first name."""
     names, aliases = plain_parameters(module), tied_names(module)
@@ -78,7 +102,7 @@ def match_names(
     for pattern in patterns:
         if pattern.startswith("@"):
             hits = group_members(pattern, names, module)
-            if not hits and argument != "exclude":
+            if not hits and not argument.endswith("exclude"):
                 raise ValueError(f"{argument}: {_no_member(pattern, names, aliases)}")
         else:
             hits = {name for name in names if fnmatchcase(name, pattern)}

@@ -31,6 +31,7 @@ class Weight:
         makers: if reading it computes it (a parametrization, a norm of the weight), all parameters that it is made
             from, ``parameter`` among them.
         part: which part of the parameter it is, if it is not the whole.
+        refusal: why a checkpoint's weight cannot be read, if it cannot.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Weight:
     companions: tuple[str, ...] = ()
     makers: tuple[nn.Parameter, ...] = ()
     part: Part | None = None
+    refusal: str | None = None
 
     @property
     def is_stack(self) -> bool:
@@ -71,7 +73,7 @@ class Weight:
     @property
     def layout(self) -> str:
         """How :meth:`matrices` reads it: as a matrix, a stack, a convolution or a transposed one."""
-        if isinstance(self.view, partial):
+        if isinstance(self.view, partial) and self.view.func is as_transposed_convolution:
             return f"transposed convolution of {self.view.keywords['groups']} group(s)"
         return "matrix" if self.view is as_matrix else "stack" if self.view is as_stack else "convolution"
 

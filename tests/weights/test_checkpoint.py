@@ -317,7 +317,7 @@ def _no_network(*args):
 
 
 def test_folder_without_weights_is_an_error_that_says_what_was_looked_for(tmp_path):
-    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "training_args.bin").touch()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors.*name the checkpoint file"):
         profile_of(tmp_path)
 
@@ -420,6 +420,7 @@ def test_experts_that_transformers_stores_one_by_one_and_fuses_are_refused_with_
     config = MixtralConfig(vocab_size=20, num_hidden_layers=1, num_local_experts=2, **sizes)
     mixtral = MixtralForCausalLM(config)
     mixtral.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
     profile = profile_of(tmp_path)
     reason = r"one by one \(.*experts\.0\.w1\.weight\).*fused \(.*experts\.gate_up_proj\).*from_model"
     with pytest.raises(ValueError, match=reason):

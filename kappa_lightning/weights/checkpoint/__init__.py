@@ -1,0 +1,47 @@
+"""The weight matrices of a checkpoint, read from disk one tensor at a time.
+
+``files`` finds the files and ``safetensors_file`` and ``pickle_file`` read their tensors, each a ``Stored``; what the
+layers are that these belong to says ``configured``, by the config beside them, or else ``assumed``, by their names.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kappa_lightning.weights.checkpoint.assumed import assumed_weights
+from kappa_lightning.weights.checkpoint.configured import NoModelError, configured_weights
+from kappa_lightning.weights.checkpoint.files import find_source, read_files
+from kappa_lightning.weights.weight import Weight
+
+__all__ = ["checkpoint_weights"]
+
+
+def checkpoint_weights(path: str | os.PathLike[str]) -> list[Weight]:
+    """The matrices of a checkpoint; only names and shapes are read until a weight is asked for.
+
+    Where a ``config.json`` of transformers lies beside the checkpoint, the weights are those of the model that
+    transformers makes of it, under its names, with its layers: built without values, and with no code of the
+    checkpoint's. Otherwise names and shapes must tell, and a warning says what was assumed: a tensor of three
+    dimensions is a stack of matrices, such as fused experts, unless its name says that it belongs to a convolution, and
+    the outputs of a convolution come first, which they do not in a transposed one.
+
+    Args:
+        path: a ``.safetensors`` file; a file of ``torch.save`` with a state dict, such as a Lightning ``.ckpt``, read
+            without unpickling code; a folder with one of these under a name that transformers, diffusers or PEFT give
+            it, or with an index and its shards; or the id of a hub model that is in the local cache.
+
+    Raises:
+        FileNotFoundError: if there is no such file and no such model in the cache, or a shard is missing.
+        ValueError: if a file is corrupt, of an unknown kind, or holds no matrix or several state dicts, or a shard
+            lacks a tensor that the index places there.
+    """
+    source = find_source(path)
+    tensors = read_files(source)
+    folder = source if source.is_dir() else source.parent
+    try:
+        weights = configured_weights(folder, tensors)
+    except NoModelError as reason:
+        weights = assumed_weights(source, tensors, str(reason))
+    if not weights:
+        raise ValueError(f"{path} holds no weight matrix")
+    return weights
