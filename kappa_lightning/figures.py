@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kappa_lightning.profile import KappaProfile
+from kappa_lightning.text import counted, printable
 from kappa_lightning.weights.roles import depth_and_role
 
 _NAMED = 5  # More labels than this overlap at the size at which TensorBoard shows a picture.
@@ -34,7 +35,7 @@ def drift_figure(baseline: Mapping[str, float], history: Sequence[Mapping[str, A
     figure = Figure(figsize=(11, 4.8), dpi=110, layout="constrained")
     scatter, lines = figure.subplots(1, 2, width_ratios=(1, 1.5))
     scatter.set(xlabel="κ at fit start", ylabel="κ now", xscale="log", yscale="log")
-    scatter.set_title(f"{len(names)} tensors, epoch {history[-1]['epoch']}", fontsize=10)
+    scatter.set_title(f"{counted(len(names), 'tensor')}, epoch {history[-1]['epoch']}", fontsize=10)
     lines.set(xlabel="epoch", ylabel="drift: log₁₀(κ now / κ at fit start)")
     lines.axhline(0, color="0.8", linewidth=1, zorder=0)
     if not names:
@@ -54,7 +55,7 @@ def drift_figure(baseline: Mapping[str, float], history: Sequence[Mapping[str, A
         style: dict[str, Any] = (
             {"linewidth": 1.8, "marker": "o", "markersize": 3, "zorder": 3} if named else {"linewidth": 0.8}
         )
-        lines.plot([r["epoch"] for r in known], values, color=color, label=name if named else None, **style)
+        lines.plot([r["epoch"] for r in known], values, color=color, label=_literal(name) if named else None, **style)
     lines.xaxis.get_major_locator().set_params(integer=True)
     title = "furthest from fit start" if len(names) > len(furthest) else None
     figure.legend(fontsize=7, loc="outside lower center", ncols=2, title=title, title_fontsize=7, frameon=False)
@@ -115,7 +116,7 @@ def profile_figure(profile: KappaProfile, selected: Collection[str] = (), *, tit
     ticks = list(range(0, len(columns), max(1, len(columns) // 16)))
     axes.set_xticks(ticks, ["–" if columns[t] is None else str(columns[t]) for t in ticks], fontsize=7)
     axes.set_xlabel("layer", fontsize=8)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(_literal(title), fontsize=9)
     bar = figure.colorbar(image, ax=axes, pad=0.01)
     bar.set_label("log₁₀ κ", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -124,4 +125,9 @@ def profile_figure(profile: KappaProfile, selected: Collection[str] = (), *, tit
 
 def _short(roles: Sequence[str]) -> list[str]:
     """Roles without the ending that nearly all share."""
-    return [role.removesuffix(".weight") for role in roles]
+    return [_literal(role.removesuffix(".weight")) for role in roles]
+
+
+def _literal(name: str) -> str:
+    """A name that Matplotlib draws as it is, and does not take for a formula."""
+    return printable(name).replace("$", r"\$")

@@ -35,7 +35,10 @@ def fingerprint(tensor: Tensor) -> str:
         (True, False)
     """
     words, weights = _as_words(tensor.detach()), _weights(tensor.device)
-    total = _signed(hash_of_text(f"{tensor.dtype} {tuple(tensor.shape)}"))
+    total = _hash_of_kind(tensor.dtype, tuple(tensor.shape))
+    if words.numel() < _CHUNK:
+        # Small tensors come by the thousand.
+        return _hexadecimal(total * _GOLDEN + int(_mixed_sum(words, weights[: words.numel()])))
     whole = words.numel() // _CHUNK * _CHUNK
     chunks = words[:whole].view(-1, _CHUNK)
     rows = 1 if words.device.type == "cpu" else _ROWS_ELSEWHERE
@@ -45,7 +48,7 @@ def fingerprint(tensor: Tensor) -> str:
     sums.append(_mixed_sum(rest.unsqueeze(0), weights[: rest.numel()]))
     for value in torch.cat(sums).tolist():
         total = _signed(total * _GOLDEN + value)
-    return f"{total % (1 << 64):016x}"
+    return _hexadecimal(total)
 
 
 def hash_of_text(text: str) -> int:
@@ -54,6 +57,15 @@ def hash_of_text(text: str) -> int:
     for byte in text.encode():
         value = ((value ^ byte) * _GOLDEN) % (1 << 64)
     return value
+
+
+@lru_cache(maxsize=1024)
+def _hash_of_kind(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return _signed(hash_of_text(f"{dtype} {shape}"))
+
+
+def _hexadecimal(value: int) -> str:
+    return f"{value % (1 << 64):016x}"
 
 
 def _mixed_sum(words: Tensor, weights: Tensor) -> Tensor:

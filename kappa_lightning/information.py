@@ -182,7 +182,7 @@ def contraction(log_slope: LogSlope, scales: Tensor) -> float:
     # An even number of points, so that none is at zero, where many slopes jump.
     points, reach = 4096, 12.0
     step = 2 * reach / points
-    standard = (torch.arange(points, dtype=torch.float64) + 0.5) * step - reach
+    standard = (torch.arange(points, dtype=torch.float64, device="cpu") + 0.5) * step - reach
     weights = torch.exp(-(standard**2) / 2) * step / math.sqrt(2 * math.pi)
     total = 0.0
     for scale in scales.tolist():

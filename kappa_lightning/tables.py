@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kappa_lightning.profile import KappaProfile, KappaRow
-
-# Control and format characters, lone surrogates, and separators of lines and paragraphs.
-_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+from kappa_lightning.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +61,6 @@ def ranking_markdown(ranking: Sequence[KappaRow], selected: Iterable[str]) -> st
             f"| {position} | {_cell(row.name)} | {shape} | {format_kappa(row.kappa)} | {row.log_volume:.1f} | {mark} |"
         )
     return "\n".join(lines)
-
-
-def printable(name: str) -> str:
-    """A name from a file on one line, with what would move the cursor or turn the direction of writing escaped.
-
-    Example:
-        >>> printable("größe κ.weight"), printable("a\\nb\\x1b[2J\\u202e")
-        ('größe κ.weight', 'a\\\\nb\\\\x1b[2J\\\\u202e')
-    """
-    if name.isascii() and name.isprintable():
-        return name
-    return "".join(
-        letter.encode("unicode_escape").decode() if unicodedata.category(letter) in _UNSAFE else letter
-        for letter in name
-    )
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and what it counts, such as ``1 tensor`` and ``1,200 tensors``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_kappa(kappa: float) -> str:

@@ -20,6 +20,7 @@ ORDER = [
     "kappa_lightning.fingerprint",
     "kappa_lightning.processes",
     "kappa_lightning.restoring",
+    "kappa_lightning.text",
     # The way of one weight.
     "kappa_lightning.spectra",
     "kappa_lightning.weights",

@@ -206,3 +206,11 @@ def test_profile_is_left_as_it_was():
     rows = profile(TRANSFORMER)
     profile_figure(rows, ["embed.weight"])
     assert rows == profile(TRANSFORMER)
+
+
+def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path):
+    names = ["layers.0.a$b.weight", r"layers.0.$\frac{.weight", "layers.0.c\x1b[2J\n.weight"]
+    figure = profile_figure(profile(dict.fromkeys(names, 2.0)), names[:1], title=r"$\nonsense{")
+    figure.savefig(tmp_path / "names.svg")
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert not any(set("\x1b\n") & set(label) for label in labels)

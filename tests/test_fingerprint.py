@@ -182,3 +182,31 @@ def test_hash_of_text_is_the_same_in_every_process():
 def test_gpu_gives_the_same(dtype):
     tensor = bits((CHUNK + 7,), dtype)
     assert fingerprint(tensor.cuda()) == fingerprint(tensor)
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, (1 << 15) * 2 - 1, (1 << 15) * 2, (1 << 15) * 2 + 1])
+def test_fingerprint_is_that_of_its_definition(count):
+    """In whole numbers of Python, for one chunk and for several, as files of earlier versions have it."""
+    tensor = torch.arange(count, dtype=torch.float32)
+    golden, chunk, mask = 0x9E3779B97F4A7C15, 1 << 15, (1 << 64) - 1
+    signed = lambda value: value - (1 << 64) if value >> 63 else value  # noqa: E731
+    octets = tensor.numpy().tobytes()
+    octets += bytes(-len(octets) % 8)
+    words = [int.from_bytes(octets[at : at + 8], "little") for at in range(0, len(octets), 8)]
+    weights = []
+    for index in range(1, chunk + 1):
+        value = index * golden & mask
+        value = (value ^ (signed(value) >> 29) & mask) * 0xBF58476D1CE4E5B9 & mask
+        weights.append((value ^ (signed(value) >> 32) & mask) | 1)
+    total = 0
+    for byte in f"torch.float32 ({count},)".encode():
+        total = (total ^ byte) * golden & mask
+    ends = [*range(chunk, len(words) + 1, chunk), None]
+    for number, end in enumerate(ends):
+        mixed = 0
+        for word, weight in zip(words[number * chunk : end], weights, strict=False):
+            value = (word ^ weight) * golden & mask
+            value ^= (signed(value) >> 32) & mask
+            mixed += value * weight
+        total = (total * golden + mixed) & mask
+    assert fingerprint(tensor) == f"{total:016x}"

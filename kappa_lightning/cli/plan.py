@@ -13,7 +13,7 @@ from kappa_lightning.cli.arguments import device_of
 from kappa_lightning.cli.terminal import print_table, say
 from kappa_lightning.profile.estimate import Estimate, Shape, estimate_profile
 from kappa_lightning.profile.settings import ProfileSettings
-from kappa_lightning.tables import counted
+from kappa_lightning.text import counted
 from kappa_lightning.weights import Weight, checkpoint_weights, included_by_name
 
 _SHARES = (0.1, 0.2, 0.5, 1.0)

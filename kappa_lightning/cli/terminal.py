@@ -9,7 +9,7 @@ import unicodedata
 
 from rich.console import Console, RenderableType
 
-from kappa_lightning.tables import printable
+from kappa_lightning.text import printable
 
 __all__ = ["discard_output", "prepare_streams", "print_table", "printable", "say"]
 

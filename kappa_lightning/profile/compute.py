@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
@@ -10,13 +11,19 @@ import torch
 from torch import Tensor
 
 from kappa_lightning.fingerprint import fingerprint
-from kappa_lightning.profile.gpu import batches_of_one_shape, loaded
+from kappa_lightning.profile.batches import batches_of_one_shape, working_bytes_of
+from kappa_lightning.profile.gpu import loaded
 from kappa_lightning.profile.journal import Journal
 from kappa_lightning.profile.row import KappaRow
 from kappa_lightning.profile.settings import EXPERTS, ProfileSettings
-from kappa_lightning.profile.threads import Crew, decompose_threaded
+from kappa_lightning.profile.threads import LIGHT, Crew, decompose_threaded
 from kappa_lightning.spectra import Spectrum, free_memory, spectrum
 from kappa_lightning.weights import Weight
+
+# What is counted for the smallest weights, so that an interruption costs no more than a hundred of their rows.
+_SMALLEST_COST = LIGHT // 128
+# Fewer tensors of one shape than this take no time that could be saved.
+_WORTH_BATCHING = 16
 
 Decompose = Callable[[Tensor], Spectrum]
 
@@ -33,9 +40,10 @@ def compute_rows(
 
     On a GPU, tensors whose matrices have one shape go through together, as many as fit the memory budget,
     while a thread reads the next batch and copies it there. On a CPU, as many matrices as there are threads are worked
-    on at a time, one thread each, within the memory budget; what does not fit goes one tensor after the
-    other, in the memory of the largest, with all threads. Which of the two it was can change κ by rounding, as the
-    number of threads can. PyTorch's number of threads is put back afterwards.
+    on at a time, one thread each, within the memory budget; what does not fit goes one tensor after the other, in the
+    memory of the largest, with all threads; small ones of one shape, if they are
+    many, go together. Which of these it was can change κ by
+    rounding, as the number of threads can. PyTorch's number of threads is put back afterwards.
 
     Args:
         weights: what is decomposed.
@@ -174,12 +182,17 @@ def _row(weight: Weight, spectra: Spectrum, content: str, experts: str) -> Kappa
 def _batches(
     weights: Sequence[Weight], device: torch.device | None, budget: int | None
 ) -> Iterator[tuple[list[Weight], list[Tensor]]]:
-    """Weights with their tensors on the device: on a GPU several of one shape, one after the other elsewhere."""
+    """Weights with their tensors on the device, several of one shape: as many as fit a GPU, else small ones."""
     if device is not None and device.type == "cuda" and budget is not None:
-        yield from loaded(batches_of_one_shape(weights, budget), device)
+        yield from loaded(batches_of_one_shape(weights, budget, working_bytes_of), device)
         return
-    for weight in weights:
-        yield [weight], [weight.read() if device is None else weight.read().to(device)]
+    alike = Counter(weight.stack_shape for weight in weights)
+
+    def size(weight: Weight) -> int:
+        return max(weight.cost, _SMALLEST_COST) if alike[weight.stack_shape] >= _WORTH_BATCHING else LIGHT
+
+    for batch in batches_of_one_shape(weights, LIGHT, size):
+        yield batch, [weight.read() if device is None else weight.read().to(device) for weight in batch]
 
 
 def _common_device(weights: Sequence[Weight]) -> torch.device | None:

@@ -10,26 +10,6 @@ from torch import Tensor
 
 from kappa_lightning.weights import Weight
 
-# Of each entry of a batch: the stored number, its place in the batch, and both in the next batch.
-_WORKING_BYTES = 16
-
-
-def batches_of_one_shape(weights: Sequence[Weight], budget: int) -> list[list[Weight]]:
-    """Weights whose matrices have one shape and type, in groups that fit a number of bytes, or alone."""
-    filling: dict[tuple[object, ...], tuple[list[Weight], int]] = {}
-    batches: list[list[Weight]] = []
-    for weight in weights:
-        count, rows, cols = weight.stack_shape
-        size = count * rows * cols * _WORKING_BYTES
-        key = (rows, cols, weight.dtype)
-        batch, used = filling.get(key, ([], budget))
-        if used + size > budget:
-            batch, used = [], 0
-            batches.append(batch)
-        batch.append(weight)
-        filling[key] = (batch, used + size)
-    return batches
-
 
 def loaded(batches: Sequence[list[Weight]], device: torch.device) -> Iterator[tuple[list[Weight], list[Tensor]]]:
     """Each batch with its tensors on a GPU; the next batch is on its way meanwhile."""

@@ -25,6 +25,7 @@ from kappa_lightning.profile.progress import progress_bar
 from kappa_lightning.profile.row import KappaRow
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.selection import Budget, select
+from kappa_lightning.text import counted
 from kappa_lightning.weights import (
     Weight,
     checkpoint_weights,
@@ -404,4 +405,4 @@ class KappaProfile:
     def __repr__(self) -> str:
         finite = [row.kappa for row in self if math.isfinite(row.kappa)]
         span = f", κ {min(finite):.3g} to {max(finite):.3g}" if finite else ""
-        return f"KappaProfile({len(self)} tensors{span})"
+        return f"KappaProfile({counted(len(self), 'tensor')}{span})"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from tqdm.auto import tqdm
 
 from kappa_lightning.profile.row import KappaRow
+from kappa_lightning.text import counted
 from kappa_lightning.weights import Weight
 
 
@@ -16,6 +17,6 @@ def progress_bar(weights: Sequence[Weight], rows: Iterator[KappaRow]) -> Iterato
     layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
     with tqdm(desc="Condition numbers", total=sum(costs.values()), bar_format=layout, leave=False) as bar:
         for finished, row in enumerate(rows, start=1):
-            bar.set_postfix_str(f"{finished}/{len(costs)} tensors", refresh=False)
+            bar.set_postfix_str(f"{finished}/{counted(len(costs), 'tensor')}", refresh=False)
             bar.update(costs[row.name])
             yield row

@@ -6,7 +6,7 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kappa_lightning.profile.file import decode
@@ -94,7 +94,7 @@ class KappaRow:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain numbers, strings and tuples."""
-        return asdict(self)
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, entry: Any) -> KappaRow:

@@ -14,8 +14,9 @@ from torch import Tensor
 from kappa_lightning.spectra import Spectrum, full_precision_products, working_bytes
 from kappa_lightning.weights import Weight
 
-# Work below this cost is over before another thread has taken it up; in the unit of Weight.cost, 2 ms or so.
-_LIGHT = 256**3
+LIGHT = 256**3
+"""Work below this cost is over before another thread has taken it up; in the unit of Weight.cost, 2 ms or so."""
+
 # A little below glibc's DEFAULT_MMAP_THRESHOLD_MAX.
 _LARGEST_KEPT = (32 << 20) - (8 << 10)
 
@@ -47,7 +48,7 @@ class Crew:
             memory: the bytes that weights in work, and the work on them, may take.
         """
         # A sharded weight is read by all its processes together, so in an order that is the same on each of them.
-        heavy = [weight for weight in weights if weight.cost >= _LIGHT and not weight.is_sharded]
+        heavy = [weight for weight in weights if weight.cost >= LIGHT and not weight.is_sharded]
         # Without the few that are too large, as long as most of the work is left to the workers.
         fitting = [weight for weight in heavy if _bytes_in_work(weight) * (threads + 1) <= memory]
         if 2 * sum(weight.cost for weight in fitting) >= sum(weight.cost for weight in heavy):
@@ -77,7 +78,7 @@ class Crew:
         before = torch.get_num_threads()
         # glibc keeps freed memory, instead of giving it back and having it zeroed anew, in blocks up to the largest
         # that was ever freed, at most 32 MiB; untouched, such a block costs nothing. A profile takes a tenth less.
-        torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
+        torch.empty(_LARGEST_KEPT, dtype=torch.uint8, device="cpu")
         # Set once for all: a worker that set and reset it would do so in the middle of another's product.
         with full_precision_products(torch.float32):
             pool = ThreadPoolExecutor(self.workers, "kappa", torch.set_num_threads, (self.threads,))
@@ -166,7 +167,7 @@ def _wants_more(running: Mapping[Future[Any], Decomposed], workers: int) -> bool
 def _parts(weight: Weight, tensor: Tensor) -> Sequence[Tensor]:
     """The matrices of a weight one by one, or so many at a time that they are worth handing over."""
     count = weight.stack_shape[0]
-    return torch.split(weight.view(tensor), max(1, _LIGHT * count // weight.cost))
+    return torch.split(weight.view(tensor), max(1, LIGHT * count // weight.cost))
 
 
 def _cost_of_one(weight: Weight) -> float:

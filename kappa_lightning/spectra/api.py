@@ -82,7 +82,8 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     magnitudes = largest.tolist()
     for index, magnitude in enumerate(magnitudes):
         if not math.isfinite(magnitude):
-            position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), batch)) if batch else ()
+            flat = torch.tensor(index, device="cpu")
+            position = tuple(int(place) for place in torch.unravel_index(flat, batch)) if batch else ()
             where = f"matrix {position} of the batch" if batch else "the matrix"
             raise ValueError(f"{where} has entries that are NaN or infinite; κ is not defined for it")
     matrices = TallMatrices.of(stack, largest)

@@ -105,7 +105,7 @@ def gram_cholesky(gram: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
     # As the lower factor of the transpose, which LAPACK computes a quarter faster from the same entries.
     lower = gram.mT
     if in_place and gram.device.type == "cpu":
-        info = torch.empty(len(gram), dtype=torch.int32)
+        info = torch.empty(len(gram), dtype=torch.int32, device=gram.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
     else:
         lower, info = _each(torch.linalg.cholesky_ex, lower)

@@ -25,7 +25,7 @@ OVERLAP = 0.6
 def gaussian_block(rows: int, seed: int, device: torch.device) -> Tensor:
     """Return the (rows, 16) standard normal block of a seed: float64, equal on all devices, private generator."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randn(rows, BLOCK, generator=generator, dtype=torch.float64).to(device)
+    return torch.randn(rows, BLOCK, generator=generator, dtype=torch.float64, device="cpu").to(device)
 
 
 @dataclass(frozen=True, slots=True)

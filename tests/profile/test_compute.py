@@ -5,8 +5,7 @@ from torch import nn
 
 import kappa_lightning.profile.compute as compute
 from kappa_lightning import KappaProfile
-from kappa_lightning.profile import gpu
-from kappa_lightning.profile.gpu import batches_of_one_shape
+from kappa_lightning.profile.batches import batches_of_one_shape, working_bytes_of
 from kappa_lightning.weights import find_weights
 
 CUDA = torch.device("cuda")
@@ -31,7 +30,7 @@ def names_of(batches):
 
 
 def bytes_of(batch):
-    return sum(int(np.prod(weight.stack_shape)) * gpu._WORKING_BYTES for weight in batch)
+    return sum(map(working_bytes_of, batch))
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def test_on_the_cpu_tensors_go_through_one_after_the_other_in_the_models_order(d
 
 
 def test_on_a_gpu_matrices_of_one_shape_and_precision_go_together():
-    batches = batches_of_one_shape(find_weights(model()), 1 << 40)
+    batches = batches_of_one_shape(find_weights(model()), 1 << 40, working_bytes_of)
     assert names_of(batches) == [
         ["square0.weight", "square1.weight", "square2.weight", "experts.up", "last.weight"],
         ["wide0.weight", "wide1.weight", "wide2.weight", "conv.weight"],
@@ -70,7 +69,7 @@ def test_on_a_gpu_matrices_of_one_shape_and_precision_go_together():
 
 def test_transposes_of_each_other_do_not_go_together():
     net = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)])
-    assert names_of(batches_of_one_shape(find_weights(net), 1 << 40)) == [["0.weight"], ["1.weight"]]
+    assert names_of(batches_of_one_shape(find_weights(net), 1 << 40, working_bytes_of)) == [["0.weight"], ["1.weight"]]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 9, 10])
@@ -78,7 +77,7 @@ def test_batch_fills_the_budget_and_no_more(layers):
     weights = find_weights(nn.ModuleList([nn.Linear(8, 8) for _ in range(10)]))
     one = bytes_of(weights[:1])
     for budget in (layers * one, layers * one + one - 1):
-        batches = batches_of_one_shape(weights, budget)
+        batches = batches_of_one_shape(weights, budget, working_bytes_of)
         assert max(map(bytes_of, batches)) <= budget
         sizes = [len(batch) for batch in batches]
         assert sizes == [layers] * (10 // layers) + [10 % layers] * (10 % layers > 0)
@@ -101,19 +100,19 @@ def test_a_gpu_holds_as_much_for_the_work_as_for_the_tensors(no_gpu, memory, mon
 
 def test_tensor_that_is_too_large_goes_alone_and_stops_nothing():
     weights = find_weights(model())
-    assert batches_of_one_shape(weights, 1) == [[weight] for weight in weights]
+    assert batches_of_one_shape(weights, 1, working_bytes_of) == [[weight] for weight in weights]
 
 
 @pytest.mark.parametrize("budget", [1, 1_000, 5_000, 25_000, 1 << 40])
 def test_every_tensor_is_in_exactly_one_batch_whatever_the_memory(budget):
     weights = find_weights(model())
-    batches = batches_of_one_shape(weights, budget)
+    batches = batches_of_one_shape(weights, budget, working_bytes_of)
     assert sorted(name for batch in names_of(batches) for name in batch) == sorted(weight.name for weight in weights)
     assert all(len(batch) == 1 or bytes_of(batch) <= budget for batch in batches)
 
 
 def test_no_tensor_gives_no_batch():
-    assert batches_of_one_shape([], 1 << 40) == []
+    assert batches_of_one_shape([], 1 << 40, working_bytes_of) == []
 
 
 def test_profile_by_batches_has_the_models_order(no_gpu):
@@ -211,3 +210,35 @@ def test_gpu_gives_the_profile_of_the_cpu_tensor_by_tensor(memory):
         assert [(row.name, row.fingerprint) for row in on_gpu] == [(row.name, row.fingerprint) for row in on_cpu]
         for row in on_gpu:
             assert row.kappa == pytest.approx(on_cpu[row.name].kappa, rel=2e-3)
+
+
+def test_small_tensors_of_one_shape_are_decomposed_together_and_get_the_numbers_they_have_alone(decomposed):
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Linear(8, 8) if index % 2 else nn.Linear(5, 6) for index in range(300)])
+    profile = KappaProfile.from_model(net, progress=False)
+    assert sum(count for _, (count, *_) in decomposed) == 300
+    assert len(decomposed) <= 6
+    assert [row.name for row in profile] == [weight.name for weight in find_weights(net)]
+    for index in (0, 1, 150, 299):
+        alone = KappaProfile.from_model(net, progress=False, include=[f"{index}.*"])
+        assert list(alone) == [profile[f"{index}.weight"]]
+
+
+def test_interrupted_pass_over_small_tensors_loses_one_batch_at_most(tmp_path, monkeypatch):
+    net, calls = nn.ModuleList([nn.Linear(8, 8) for _ in range(300)]), []
+    original = compute.spectrum
+
+    def failing(matrix, **options):
+        calls.append(len(matrix))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(matrix, **options)
+
+    monkeypatch.setattr(compute, "spectrum", failing)
+    with pytest.raises(KeyboardInterrupt):
+        KappaProfile.from_model(net, progress=False, save_to=tmp_path / "kappa.json")
+    done = calls[0]
+    assert 100 < done < 200
+    calls[:] = [0, 0]
+    KappaProfile.from_model(net, progress=False, save_to=tmp_path / "kappa.json")
+    assert sum(calls) == 300 - done

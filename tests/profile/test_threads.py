@@ -28,7 +28,7 @@ PLENTY = 1 << 40
 @pytest.fixture(autouse=True)
 def three_threads(monkeypatch):
     """Three threads, and no matrix too small to be handed over."""
-    monkeypatch.setattr(together, "_LIGHT", 1)
+    monkeypatch.setattr(together, "LIGHT", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -101,7 +101,7 @@ def test_two_alike_go_side_by_side():
 
 
 def test_small_matrices_are_not_handed_over(monkeypatch):
-    monkeypatch.setattr(together, "_LIGHT", 100**3)
+    monkeypatch.setattr(together, "LIGHT", 100**3)
     crew = Crew.of(weights_of(8, 120, 8, 120), 2, PLENTY)
     assert names(crew.serial) == ["0.weight", "2.weight"]
     assert names(crew.parallel) == ["1.weight", "3.weight"]
@@ -167,7 +167,7 @@ def test_number_of_workers_changes_no_bit(net):
 
 def test_small_experts_are_handed_over_several_at_a_time(monkeypatch, seen):
     stack = nn.ParameterDict({"up": torch.randn(10, 20, 20)})
-    monkeypatch.setattr(together, "_LIGHT", 3 * 20**3)
+    monkeypatch.setattr(together, "LIGHT", 3 * 20**3)
     KappaProfile.from_model(stack, progress=False)
     assert sorted(shape[0] for shape, *_ in seen) == [1, 3, 3, 3]
 

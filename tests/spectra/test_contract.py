@@ -174,3 +174,30 @@ def test_an_unknown_solver_is_refused_with_the_known_ones():
 def test_a_budget_without_bytes_is_refused():
     with pytest.raises(ValueError, match="memory_budget must be a positive number of bytes, got 0"):
         spectrum(torch.eye(3), memory_budget=0)
+
+
+def test_default_device_and_dtype_of_the_process_change_nothing():
+    square = torch.randn(500, 500)
+    cases = [torch.randn(5, 5), torch.randn(60, 13), square, square[:, :460], torch.randn(2, 3, 4, 4)]
+    before = [spectrum(case) for case in cases]
+    with torch.device("meta"):
+        assert [spectrum(case) for case in cases] == before
+        with pytest.raises(ValueError, match=r"matrix \(1, 0\) of the batch has entries that are NaN"):
+            spectrum(torch.tensor([[[[1.0]]], [[[float("nan")]]]], device="cpu"))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert [spectrum(case) for case in cases] == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_spectra_are_equal_if_all_their_values_are():
+    matrices = torch.stack([torch.eye(3), 2 * torch.eye(3)])
+    first, second = spectrum(matrices), spectrum(matrices.clone())
+    assert first == second
+    assert first[0] == second[0]
+    assert first[0] != first[1]
+    assert first != first[:1]
+    assert first != "a spectrum"
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(first)

@@ -32,7 +32,8 @@ from kappa_lightning.profile.settings import EACH, EXPERTS, ProfileSettings
 from kappa_lightning.profile.shares import profile_share, rank_of_launcher
 from kappa_lightning.selection import rank, select
 from kappa_lightning.spectra import SOLVERS
-from kappa_lightning.tables import counted, format_kappa
+from kappa_lightning.tables import format_kappa
+from kappa_lightning.text import counted
 
 # Narrower, the headings would be folded into letters.
 _LEAST_WIDTH = 60
