@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import lightning.pytorch as pl
@@ -82,6 +82,14 @@ class StrategyAdapter:
     def evaluating(self, module: pl.LightningModule) -> AbstractContextManager[None]:
         """What must hold while the module is evaluated, such as equal buffers on all processes."""
         return nullcontext()
+
+    @property
+    def averages_in_backward(self) -> bool:
+        """Whether a backward pass on the module itself, outside of its wrapper, leaves gradients that all share."""
+        return True
+
+    def average_gradients(self, trainer: pl.Trainer, parameters: Sequence[nn.Parameter]) -> None:
+        """Average the gradients that such a pass left on each process, where it does not do so itself."""
 
     def settle(self, module: pl.LightningModule) -> None:
         """Put the module's parameters back to how they are between steps, after a forward pass or before a read."""
