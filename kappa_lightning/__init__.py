@@ -8,22 +8,18 @@ from kappa_lightning.spectra import Spectrum, condition_number, spectrum
 from kappa_lightning.version import __version__
 
 if TYPE_CHECKING:
-    from kappa_lightning.callbacks import ForgettingEval, KappaFreezeCallback, KappaMonitor, PretrainedAnchor, WalkBack
+    from kappa_lightning import pilot
+    from kappa_lightning.callbacks import ForgettingEval, KappaFreezeCallback, KappaMonitor
     from kappa_lightning.evaluation import evaluate_probe
     from kappa_lightning.lora import lora_targets
     from kappa_lightning.probes import AccuracyProbe, AgreementProbe, PerplexityProbe, Probe, SimilarityProbe
 else:
     # Lightning and torchmetrics take seconds to import, and the command and the condition numbers do without them.
     _ROOMS = {
-        "kappa_lightning.callbacks": (
-            "ForgettingEval",
-            "KappaFreezeCallback",
-            "KappaMonitor",
-            "PretrainedAnchor",
-            "WalkBack",
-        ),
+        "kappa_lightning.callbacks": ("ForgettingEval", "KappaFreezeCallback", "KappaMonitor"),
         "kappa_lightning.evaluation": ("evaluate_probe",),
         "kappa_lightning.lora": ("lora_targets",),
+        "kappa_lightning.pilot": ("pilot",),
         "kappa_lightning.probes": ("AccuracyProbe", "AgreementProbe", "PerplexityProbe", "Probe", "SimilarityProbe"),
     }
 
@@ -47,14 +43,13 @@ __all__ = [
     "KappaMonitor",
     "KappaProfile",
     "PerplexityProbe",
-    "PretrainedAnchor",
     "Probe",
     "SimilarityProbe",
     "Spectrum",
-    "WalkBack",
     "__version__",
     "condition_number",
     "evaluate_probe",
     "lora_targets",
+    "pilot",
     "spectrum",
 ]

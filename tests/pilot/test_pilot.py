@@ -1,0 +1,133 @@
+import json
+import tomllib
+from dataclasses import replace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from outside import ImageData, Images, Manual, Plain, image_probe, number_loaders, number_probe
+
+import kappa_lightning
+import kappa_lightning.pilot.executor as executor
+from kappa_lightning.pilot import PilotResult, RateFactor, TrainOnly, pilot
+from kappa_lightning.pilot.trial import run_trial
+
+SMALL = {
+    "steps": 8, "evaluations": 1, "race_seeds": 0, "confirm_seeds": 2, "finalists": 2, "progress": False,
+    "level": 1.05, "trainer": {"accelerator": "cpu"},
+}  # fmt: skip
+
+
+def mine(module):
+    return [TrainOnly(["head.weight"])]
+
+
+def ask(module, folder=None, candidates=("full", mine), probes=number_probe, **options):
+    return pilot(lambda: module, number_loaders, probes, list(candidates), folder=folder, **{**SMALL, **options})
+
+
+@pytest.mark.slow
+def test_interrupted_pilot_goes_on_repeats_nothing_and_finds_the_same(tmp_path, monkeypatch):
+    done = []
+
+    def counting(limit):
+        def run(setup, spec, by):
+            if len(done) == limit:
+                raise KeyboardInterrupt
+            done.append(spec)
+            # Time is the only thing of a run that is not the same again.
+            return replace(run_trial(setup, spec, by), seconds=1.0)
+
+        return run
+
+    module = Plain()
+    monkeypatch.setattr(executor, "run_trial", counting(3))
+    with pytest.raises(KeyboardInterrupt):
+        ask(module, tmp_path / "one")
+    monkeypatch.setattr(executor, "run_trial", counting(1000))
+    result = ask(module, tmp_path / "one")
+    assert len(done) == len(set(done)) == result.runs
+    again = ask(module, tmp_path / "one")
+    assert len(done) == result.runs
+    assert again == result
+    assert {entry.name for entry in result.entries} == {"full", "mine"}
+    assert result.chosen
+    check_files(result, tmp_path, module)
+
+
+def check_files(result, folder, module):
+    for name in ("pilot.toml", "pilot.json"):
+        result.save(folder / name)
+        loaded = PilotResult.load(folder / name)
+        assert loaded.table == result.table
+        assert loaded.front == result.front
+        assert [e.label for e in loaded.chosen] == [e.label for e in result.chosen]
+    assert tomllib.loads((folder / "pilot.toml").read_text())["level"] == result.level
+    with pytest.raises(ValueError, match=r"must end in \.toml or \.json"):
+        result.save(folder / "pilot.yaml")
+    (folder / "other.json").write_text(json.dumps({"level": 1}))
+    with pytest.raises(ValueError, match="is no result of a pilot"):
+        PilotResult.load(folder / "other.json")
+    page = result.report(folder / "page")
+    text = page.read_text()
+    assert "data:image/png;base64," in text
+    assert all(entry.label in text for entry in result.entries)
+    assert sorted(p.name for p in page.parent.iterdir()) == ["callbacks.yaml", "index.html", "pilot.png", "report.md"]
+    first = next(entry for entry in result.entries if entry.init is not None)
+    best = replace(result, entries=(replace(first, in_set=True),)).best
+    made = best.callbacks()
+    assert isinstance(made[0], RateFactor)
+    configured = yaml.safe_load(best.yaml())["trainer"]["callbacks"]
+    assert [entry["class_path"].rpartition(".")[2] for entry in configured] == [type(c).__name__ for c in made]
+    trainer = pl.Trainer(
+        max_steps=2, callbacks=made, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, *number_loaders())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Manual, Images])
+def test_modules_from_outside_go_through(kind):
+    module = kind()
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    images = kind is Images
+    result = pilot(
+        lambda: module, ImageData if images else number_loaders, image_probe if images else number_probe,
+        ["last_layers 0.9"], **{**SMALL, "level": 1.3 if images else 1.05, "confirm_seeds": 1},
+    )  # fmt: skip
+    assert result.best.name == "last_layers 0.9"
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_room_can_be_called_like_its_function():
+    with pytest.raises(ValueError, match="steps=0"):
+        kappa_lightning.pilot(Plain, number_loaders, number_probe, steps=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 1.5}, "target=1.5"),
+        ({"level": float("nan")}, "level=nan"),
+        ({"min_retention": 0}, "min_retention=0"),
+        ({"hours": 0}, "hours=0"),
+        ({"evaluations": 9}, "evaluations=9 are more than the steps=8"),
+        ({"workers": 0}, "workers=0"),
+        ({"confirm_seeds": True}, "confirm_seeds=True"),
+        ({"trainer": {"max_epochs": 3}}, "trainer holds max_epochs"),
+        ({"workers": 2}, "make_module cannot be sent to another process"),
+        ({"candidates": ["kapa 0.1"]}, "'kapa 0.1' is unknown"),
+    ],
+)
+def test_argument_out_of_range_is_named_before_anything_is_run(options, message, monkeypatch):
+    monkeypatch.setattr(executor, "run_trial", lambda *_: pytest.fail("something was run"))
+    with pytest.raises(ValueError, match=message):
+        ask(Plain(), **options)
+
+
+def test_function_that_gives_something_else_is_named():
+    with pytest.raises(TypeError, match="make_module gave a Linear"):
+        pilot(lambda: torch.nn.Linear(2, 2), number_loaders, number_probe, **SMALL)

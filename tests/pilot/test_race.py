@@ -1,0 +1,129 @@
+import math
+
+import pytest
+
+from kappa_lightning.pilot.adaptation import Point, Reading
+from kappa_lightning.pilot.executor import OutOfTimeError
+from kappa_lightning.pilot.race import Rules, dominated, judge, race
+from kappa_lightning.pilot.search import Outcome
+from kappa_lightning.pilot.trial import Run, Spec
+
+RULES = Rules(target=0.8, level=None, seed=0, race_seeds=2, confirm_seeds=4, finalists=2)
+
+
+class Model:
+    """Stands for an executor: candidates whose loss and retention are functions of rate and seed."""
+
+    def __init__(self, seconds=1.0, limit=None, workers=1):
+        self.seconds, self.limit, self.workers = seconds, limit, workers
+        self.specs = []
+        # What is kept at the level, and the slowest step that arrives there.
+        self.kept = {"full": (0.8, 0), "good": (0.95, 3), "close": (0.94, 1), "bad": (0.4, -3), "never": (0.9, 99)}
+
+    @property
+    def spent(self):
+        return len(self.specs) * self.seconds
+
+    def __call__(self, specs):
+        runs = []
+        for spec in specs:
+            if self.limit is not None and self.spent + self.seconds > self.limit:
+                raise OutOfTimeError("no time")
+            self.specs.append(spec)
+            runs.append(self.run(spec))
+        return runs
+
+    def run(self, spec):
+        kept, slowest = self.kept[spec.candidate]
+        noise = 0.01 * math.sin(17 * spec.seed + len(spec.candidate))
+        # The best full run, at step 2, comes to 1.0: the level is 4 − 0.8·3 = 1.6.
+        lowest = 1.6 - 0.3 * (spec.step - slowest) if spec.candidate != "full" else max(1.0, 1.6 - 0.3 * spec.step)
+        lowest = max(lowest, 1.0) + 0.001
+        path = (Point(0, 4.0, {"old": 1.0}), Point(9, lowest, {"old": kept + noise - 0.05 * (1.6 - lowest)}))
+        if lowest > 1.6 and spec.step == slowest:
+            path = (path[0], Point(9, 1.6, {"old": kept + noise}))
+        return Run(spec, path, (), {"old": 1.0}, 10, 20, self.seconds)
+
+
+def test_race_finds_the_level_the_rates_and_the_best_on_fresh_seeds_and_the_other_half():
+    model = Model()
+    course = race(model, ["full", "good", "close", "bad", "never"], RULES)
+    assert course.level == pytest.approx(4 - 0.8 * (4 - 1.001))
+    assert course.rates["never"] is None
+    assert course.rates["good"] in (3, 4)
+    assert set(course.confirmed) == {"good", "close"}
+    assert "bad" in course.dropped
+    halves = {spec.half: {s.seed for s in model.specs if s.half == spec.half} for spec in model.specs}
+    assert halves == {"search": {0, 1, 2}, "confirm": {3, 4, 5, 6}}
+    seeds = {name: sorted(outcomes) for name, outcomes in course.confirmed.items()}
+    assert seeds["good"] == seeds["close"] == [3, 4, 5, 6]
+    # Who dropped out is not run any more.
+    last = max(s.seed for s in model.specs if s.candidate == "bad")
+    assert last == course.dropped["bad"]
+    assert course.unfinished == []
+
+
+def test_race_is_the_same_again():
+    names = ["full", "good", "close", "bad"]
+    assert race(Model(), names, RULES) == race(Model(), names, RULES)
+
+
+def test_too_little_time_is_too_little_for_all_and_is_said():
+    model = Model(limit=24.0)
+    course = race(model, ["full", "good", "close", "bad"], RULES)
+    assert model.spent <= 24
+    assert course.unfinished
+    # Every candidate had its first run before any had its third.
+    first = [s.candidate for s in model.specs if s.candidate != "full"][:3]
+    assert sorted(first) == ["bad", "close", "good"]
+    with pytest.raises(OutOfTimeError):
+        race(Model(limit=2.0), ["full", "good"], RULES)
+
+
+def test_level_that_nobody_reaches_is_an_error_that_names_the_nearest():
+    model = Model()
+    with pytest.raises(ValueError, match=r"down to a loss of 0\.5; the nearest, 'never'"):
+        race(model, ["never"], Rules(0.8, 0.5, 0, 1, 2, 2))
+
+
+def outcome(kept, arrived=True, walked=None):
+    reading = Reading(1.0, {"old": kept}) if arrived else None
+    back = None if walked is None else Reading(0.5, {"old": walked})
+    return Outcome(Run(Spec("x", 0, 0), (), (), {}, 1, 1, 1.0), reading, back, 1)
+
+
+def test_dominated_is_who_is_behind_by_more_than_the_seeds_differ():
+    best = {seed: outcome(0.9 + 0.01 * seed) for seed in range(3)}
+    behind = {seed: outcome(0.7 + 0.01 * seed) for seed in range(3)}
+    noisy = {0: outcome(0.95), 1: outcome(0.6), 2: outcome(0.9)}
+    absent = {0: outcome(0.99), 1: outcome(0, arrived=False), 2: outcome(0, arrived=False)}
+    assert dominated({"best": best, "behind": behind, "noisy": noisy, "absent": absent}) == ["behind", "absent"]
+    # Walked back it is as good as the best.
+    back = {seed: outcome(0.7, walked=0.9) for seed in range(3)}
+    assert dominated({"best": best, "back": back}) == []
+
+
+def readings(*kept):
+    return {seed: None if value is None else Reading(1.0, {"old": value}) for seed, value in enumerate(kept)}
+
+
+def test_answer_is_the_set_that_cannot_be_told_from_the_best():
+    verdicts = judge(
+        {
+            ("best", False): readings(0.95, 0.93, 0.96, 0.94, 0.95),
+            ("near", False): readings(0.94, 0.95, 0.93, 0.95, 0.94),
+            ("far", False): readings(0.85, 0.84, 0.85, 0.83, 0.86),
+            ("misses", False): readings(0.99, 0.99, None, 0.99, 0.99),
+        }
+    )
+    assert {name: v.in_set for (name, _), v in verdicts.items()} == {
+        "best": True, "near": True, "far": False, "misses": False
+    }  # fmt: skip
+    assert verdicts["far", False].p < 0.01
+    assert verdicts["best", False].p == 1.0
+
+
+def test_one_seed_tells_nothing_apart():
+    verdicts = judge({("a", False): readings(0.9), ("b", True): readings(0.2)})
+    assert all(verdict.in_set for verdict in verdicts.values())
+    assert judge({}) == {}

@@ -1,0 +1,161 @@
+import copy
+import json
+import math
+
+import pytest
+import torch
+from outside import (
+    STEPS,
+    ImageData,
+    Images,
+    Manual,
+    Plain,
+    image_probe,
+    number_loaders,
+    number_probe,
+)
+from torch.utils.data import DataLoader, TensorDataset
+
+from kappa_lightning import AccuracyProbe
+from kappa_lightning.pilot.candidates import Candidate, candidate
+from kappa_lightning.pilot.halves import half_of
+from kappa_lightning.pilot.journal import Journal
+from kappa_lightning.pilot.trial import Setup, Spec, run_trial
+
+
+def setup_of(module, data=number_loaders, probes=number_probe, **options):
+    settings = {"steps": STEPS, "evaluations": 3, "blends": 2, "trainer": {"accelerator": "cpu"}, **options}
+    return Setup(lambda: module, data, probes, "val/loss", **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "probes"),
+    [(Plain, number_loaders, number_probe), (Manual, number_loaders, number_probe), (Images, ImageData, image_probe)],
+)
+def test_module_from_outside_trains_and_is_left_as_it_was(kind, data, probes):
+    module = kind()
+    module.train()
+    before = copy.deepcopy(module.state_dict())
+    state = torch.get_rng_state()
+    setup = setup_of(module, data if kind is not Images else ImageData, probes)
+    run = run_trial(setup, Spec("full", 0, 5, "search"), candidate("full"))
+    assert [point.position for point in run.path] == [0, 4, 8, 12]
+    assert run.path[-1].loss < run.path[0].loss
+    assert run.path[0].retention == {"old": 1.0}
+    assert run.trainable == run.total == sum(p.numel() for p in module.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert module.training
+    assert all(p.requires_grad for p in module.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not():
+    setup = setup_of(Plain())
+    run, again = (run_trial(setup, Spec("full", 0, 5, "search"), "full") for _ in range(2))
+    assert (again.path, again.line) == (run.path, run.line)
+    assert run_trial(setup, Spec("full", 0, 6, "search"), "full").path[-1].loss != run.path[-1].loss
+
+
+def test_way_back_begins_at_the_pretrained_weights_and_ends_at_the_trained_ones():
+    module = Images()
+    kept = []
+
+    def remember(trained):
+        kept.append(trained)
+        return []
+
+    setup = setup_of(module, ImageData, image_probe, blends=4)
+    run = run_trial(setup, Spec("mine", 0, 5, "all"), Candidate("mine", remember))
+    assert [point.position for point in run.line] == [0, 0.25, 0.5, 0.75, 1.0]
+    assert run.line[0].loss == run.path[0].loss
+    assert (run.line[-1].loss, run.line[-1].retention) == (run.path[-1].loss, run.path[-1].retention)
+    # The trained module is at the end of the way again; halfway is the mean of both, BatchNorm's statistics included.
+    (trained,) = kept
+    data = ImageData()
+    data.setup("fit")
+    images, labels = data.data.tensors
+    half = Images().eval()
+    half.load_state_dict({n: (v + trained.state_dict()[n]) / 2 for n, v in module.state_dict().items()})
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(half(images), labels)
+    assert run.line[2].loss == pytest.approx(float(loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora r4", "kappa 0.5"])
+def test_adapters_are_walked_back_by_their_product(name):
+    run = run_trial(setup_of(Plain()), Spec(name, 0, 5, "all"), candidate(name))
+    assert len(run.line) == 3
+    assert run.line[0].loss == run.path[0].loss
+    losses = [point.loss for point in run.line]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_run_that_diverges_is_an_outcome():
+    run = run_trial(setup_of(Manual()), Spec("full", 60, 5), candidate("full"))
+    assert run.path[-1].loss == math.inf or run.path[-1].loss > run.path[0].loss
+
+
+def test_loss_that_is_not_a_number_ends_the_run_as_diverged(tmp_path):
+    class Breaking(Plain):
+        def validation_step(self, batch, batch_idx):
+            done = self.trainer.global_step
+            self.log("val/loss", torch.tensor(math.nan if done > 4 else 1.0))
+
+    run = run_trial(setup_of(Breaking()), Spec("full", 0, 5), candidate("full"))
+    assert [point.loss for point in run.path] == [1.0, 1.0, math.inf]
+    assert run.path[-1].retention == {"old": 0.0}
+    assert run.line == ()
+    journal = Journal(tmp_path, {"steps": STEPS})
+    journal.add(run)
+    assert Journal(tmp_path, {"steps": STEPS}).find(run.spec) == run
+
+
+def test_steps_are_the_optimizers_under_accumulation():
+    setup = setup_of(Plain(), trainer={"accelerator": "cpu", "accumulate_grad_batches": 2})
+    run = run_trial(setup, Spec("full", 0, 5), candidate("full"))
+    assert [point.position for point in run.path] == [0, 4, 8, 12]
+
+
+def test_names_of_what_is_logged_help_with_a_wrong_monitor():
+    setup = Setup(Plain, number_loaders, number_probe, "val_loss", STEPS, 3, trainer={"accelerator": "cpu"})
+    with pytest.raises(ValueError, match="validation logs val/loss"):
+        run_trial(setup, Spec("full", 0, 5), candidate("full"))
+
+
+def test_capability_that_is_not_there_is_named():
+    def wrong(module):
+        return {"old": AccuracyProbe(DataLoader(TensorDataset(torch.zeros(8, 8), torch.full((8,), 2)), 4))}
+
+    module = Plain()
+    module.head.bias.data = torch.tensor([9.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="'old' has accuracy=0 before the first step"):
+        run_trial(setup_of(module, probes=wrong), Spec("full", 0, 5), candidate("full"))
+
+
+def test_halves_share_no_sample_and_are_all():
+    x = torch.arange(10.0).reshape(10, 1)
+    probe = AccuracyProbe(DataLoader(TensorDataset(x, x[:, 0].long()), batch_size=4))
+    halves = [half_of(probe, half) for half in ("search", "confirm", "all")]
+    values = [sorted(float(v) for batch in half.dataloader for v in batch[0]) for half in halves]
+    assert values == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9], list(range(10))]
+    assert halves[0].metric is not probe.metric
+    batches = [(x[:2], 0), (x[2:4], 1), (x[4:6], 2)]
+    listed = [list(half_of(AccuracyProbe(batches), half).dataloader) for half in ("search", "confirm")]
+    assert [[b[1] for b in part] for part in listed] == [[0, 2], [1]]
+    with pytest.raises(ValueError, match="one batch"):
+        half_of(AccuracyProbe(batches[:1]), "search")
+
+
+def test_journal_refuses_runs_of_other_settings_and_damaged_files(tmp_path):
+    Journal(tmp_path, {"steps": 3, "same": 1})
+    with pytest.raises(ValueError, match="steps was 3 and is 4"):
+        Journal(tmp_path, {"steps": 4, "same": 1})
+    journal = Journal(tmp_path, {"steps": 3, "same": 1})
+    spec = Spec("kappa 0.25", -2, 7, "confirm")
+    journal.file(spec).write_text('{"format": "kappa')
+    with pytest.raises(ValueError, match="is no JSON"):
+        journal.find(spec)
+    journal.file(spec).write_text(json.dumps({"format": "other"}))
+    with pytest.raises(ValueError, match="no finished run"):
+        journal.find(spec)
+    assert journal.file(Spec("kappa-0.25", -2, 7, "confirm")) != journal.file(spec)
