@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.forgetting.report import write_report
-from benchmarks.forgetting.settings import Settings
-from benchmarks.forgetting.sweep import Place, sweep
+from benchmarks.forgetting.comparison import compare, executing, kept_runs, looking_up
+from benchmarks.forgetting.page import write_page
+from benchmarks.forgetting.protocol import Protocol
+from benchmarks.forgetting.table import read_runs, write_runs
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -19,59 +20,57 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.forgetting",
         description="Fine-tune with several methods and compare what they forget at equal held-out loss of the new "
         "task. Every finished run is kept, so that the same command goes on after an interruption. Writes "
-        "<name>-paths.csv, <name>-retention.csv, <name>.md and <name>.png, name being the configuration's.",
+        "<name>-runs.csv with every point of every run and, from that file alone, <name>.md and <name>.png.",
     )
-    parser.add_argument("settings", type=Path, metavar="CONFIG", help="TOML file; see settings.py beside this")
-    parser.add_argument("--runs", type=Path, help="where runs are kept (default: runs/compare/<name>)")
-    parser.add_argument("--report", type=Path, help="where the report goes (default: beside the configuration)")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each (default: 1, all threads)")
-    parser.add_argument("--methods", nargs="+", help="only these of the configuration's")
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these of the configuration's")
+    parser.add_argument("protocol", type=Path, metavar="PROTOCOL", help="TOML file; see protocol.py beside this")
+    parser.add_argument("--runs", type=Path, help="where runs are kept (default: runs/forgetting/<task>)")
+    parser.add_argument("--report", type=Path, help="where the page goes (default: beside the protocol)")
+    parser.add_argument("--methods", nargs="+", help="only these of the protocol's")
+    parser.add_argument("--seeds", nargs="*", type=int, help="only these of the protocol's")
     parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the task, over the configuration's"
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the task, over the protocol's"
     )
     parser.add_argument(
-        "--keep-weights", action="store_true", help="keep what each run trains, so that wise_ft need not train again"
+        "--page", action="store_true", help="run nothing: write the page from the CSV that is beside the protocol"
     )
-    parser.add_argument("--only-report", action="store_true", help="run nothing, report what is there")
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: give at least 1")
     for option in args.option:
         if "=" not in option:
             parser.error(f"--option {option}: give NAME=VALUE")
     try:
-        settings = Settings.read(args.settings)
-        for name in ("methods", "seeds"):
-            wanted = getattr(args, name)
-            unknown = [value for value in wanted or () if value not in getattr(settings, name)]
-            if unknown:
-                parser.error(f"--{name}: {args.settings} has no {', '.join(map(str, unknown))}")
-        settings = replace(
-            settings,
-            methods=tuple(args.methods or settings.methods),
-            seeds=tuple(args.seeds if args.seeds is not None else settings.seeds),
-            options={**settings.options, **dict(option.split("=", 1) for option in args.option)},
-        )
+        args.read = Protocol.read(args.protocol)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    args.name = args.settings.stem
-    args.settings_read = settings
-    args.runs = args.runs or Path("runs/compare") / args.name
-    args.report = args.report or args.settings.parent
+    for name in ("methods", "seeds"):
+        unknown = [value for value in getattr(args, name) or () if value not in getattr(args.read, name)]
+        if unknown:
+            parser.error(f"--{name}: {args.protocol} has no {', '.join(map(repr, unknown))}")
+    args.runs = args.runs or Path("runs/forgetting") / args.read.task
+    args.report = args.report or args.protocol.parent
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison and print its table; 130 if interrupted."""
+    """Run the comparison and print its page; 130 if interrupted."""
     args = parse(argv)
-    try:
-        place = Place(args.runs, args.workers, args.only_report, args.keep_weights)
-        found = sweep(args.settings_read, place)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
-        return 130
-    print(write_report(found, args.settings_read, args.report, args.name))
+    whole: Protocol = args.read
+    csv = args.report / f"{args.protocol.stem}-runs.csv"
+    if not args.page:
+        wanted = replace(
+            whole,
+            methods=tuple(name for name in whole.methods if args.methods is None or name in args.methods),
+            primary=whole.primary if args.methods is None else (),
+            secondary=whole.secondary if args.methods is None else (),
+            options={**whole.options, **dict(option.split("=", 1) for option in args.option)},
+        )
+        try:
+            compare(wanted, executing(wanted, args.runs), seeds=args.seeds)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from there", file=sys.stderr)
+            return 130
+        finally:
+            write_runs(kept_runs(args.runs), whole, csv)
+    print(write_page(whole, compare(whole, looking_up(read_runs(csv))), args.report, args.protocol.stem))
     return 0
 
 

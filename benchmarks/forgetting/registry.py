@@ -6,8 +6,14 @@ from collections.abc import Callable
 
 from benchmarks.forgetting.captions import NewCaptions
 from benchmarks.forgetting.digits import InvertedDigits
+from benchmarks.forgetting.language import WordProblems
 from benchmarks.forgetting.scenes import TwoDigitScenes
 from benchmarks.forgetting.task import Task
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": InvertedDigits, "scenes": TwoDigitScenes, "captions": NewCaptions}
+TASKS: dict[str, Callable[..., Task]] = {
+    "digits": InvertedDigits,
+    "scenes": TwoDigitScenes,
+    "captions": NewCaptions,
+    "language": WordProblems,
+}
 """Each takes the options of a configuration as keyword arguments."""

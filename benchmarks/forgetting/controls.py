@@ -1,0 +1,134 @@
+"""The methods of the evidence: the candidates of the pilot, and controls that separate κ from kind, size and depth.
+
+================================  ======================================================================================
+``kappa 0.25``                    the matrices that a criterion ranks first, up to a share of the parameters: until the
+                                  next one does not fit, so that what is left over does not go to whatever is small
+``kappa 0.5 in GLOB``             the same among the matrices that a glob or group matches
+``permuted:kappa 0.25``           as many of each role and shape as ``kappa 0.25`` takes, in random layers: what κ
+                                  permuted among the matrices of a kind would choose
+``depth-matched:kappa 0.25``      for every layer random matrices of it, with at most as many parameters as
+                                  ``kappa 0.25`` takes there
+================================  ======================================================================================
+
+Every draw is of the run's seed. All other names are those of :mod:`kappa_lightning.pilot.candidates`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+import benchmarks.forgetting.candidates  # noqa: F401 - registers its criteria
+from benchmarks.forgetting.task import Task
+from kappa_lightning import KappaProfile
+from kappa_lightning.pilot.candidates import Candidate, candidate
+from kappa_lightning.pilot.train_only import TrainOnly
+from kappa_lightning.profile import KappaRow
+from kappa_lightning.selection import CRITERIA, rank
+from kappa_lightning.weights import find_weights
+from kappa_lightning.weights.patterns import included, match_parameters
+from kappa_lightning.weights.roles import depth_and_role
+
+_RANKED = re.compile(
+    r"(?:(?P<control>permuted|depth-matched):)?(?P<criterion>(?:reversed:)?\w+)\s+(?P<budget>0?\.\d+)"
+    r"(?:\s+in\s+(?P<where>\S+))?"
+)
+
+
+def method(name: str, task: Task, seed: int, exclude: Sequence[str] = ()) -> Candidate:
+    """The candidate of a name on a task.
+
+    Args:
+        name: see the module.
+        task: whose new parameters train with every method.
+        seed: of the method's draws.
+        exclude: globs of what no choice takes.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    found = _RANKED.fullmatch(name)
+    if found is None or found["criterion"].removeprefix("reversed:") not in CRITERIA:
+        return candidate(name, always_train=task.new, exclude=exclude, seed=seed)
+    budget, where = float(found["budget"]), found["where"] or "*"
+
+    def build(module: pl.LightningModule) -> list[Callback]:
+        new = match_parameters(module, task.new, argument="new")
+        weights = [
+            weight
+            for weight in included(find_weights(module), module, (where,), exclude)
+            if weight.name not in new and weight.parameter is not None and weight.parameter.requires_grad
+        ]
+        ranking = rank(KappaProfile.from_weights(weights), found["criterion"], seed=seed)
+        chosen = first_within(ranking, budget)
+        if found["control"] is not None:
+            chosen = {"permuted": permuted, "depth-matched": depth_matched}[found["control"]](ranking, chosen, seed)
+        return [TrainOnly(sorted(chosen), task.new)]
+
+    return Candidate(name, build)
+
+
+def first_within(ranking: Sequence[KappaRow], share: float) -> list[str]:
+    """The first ones of a ranking until the next does not fit into a share of all parameters.
+
+    A matrix larger than the whole share is passed over.
+    """
+    limit = share * sum(row.num_parameters for row in ranking)
+    chosen: list[str] = []
+    used = 0
+    for row in ranking:
+        if row.num_parameters > limit:
+            continue
+        if used + row.num_parameters > limit:
+            break
+        chosen.append(row.name)
+        used += row.num_parameters
+    return chosen
+
+
+def permuted(rows: Sequence[KappaRow], chosen: Sequence[str], seed: int) -> list[str]:
+    """Random matrices, of each role and shape as many as were chosen.
+
+    Args:
+        rows: all candidates.
+        chosen: names of them.
+        seed: of the draw.
+    """
+    generator = random.Random(seed)
+    kinds: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for row in rows:
+        kinds[depth_and_role(row.name)[1], row.shape].append(row.name)
+    drawn: list[str] = []
+    for names in kinds.values():
+        drawn += generator.sample(names, sum(name in set(chosen) for name in names))
+    return drawn
+
+
+def depth_matched(rows: Sequence[KappaRow], chosen: Sequence[str], seed: int) -> list[str]:
+    """Random matrices, of each layer at most as many parameters as were chosen there.
+
+    Args:
+        rows: all candidates.
+        chosen: names of them.
+        seed: of the draw.
+    """
+    generator = random.Random(seed)
+    layers: dict[object, list[KappaRow]] = defaultdict(list)
+    for row in rows:
+        depth, role = depth_and_role(row.name)
+        layers[role if depth is None else depth].append(row)
+    drawn: list[str] = []
+    for members in layers.values():
+        room = sum(row.num_parameters for row in members if row.name in set(chosen))
+        if not room:
+            continue
+        for row in generator.sample(members, len(members)):
+            if row.num_parameters <= room:
+                drawn.append(row.name)
+                room -= row.num_parameters
+    return drawn
