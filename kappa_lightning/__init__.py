@@ -9,14 +9,20 @@ from kappa_lightning.version import __version__
 
 if TYPE_CHECKING:
     from kappa_lightning import pilot
-    from kappa_lightning.callbacks import ForgettingEval, KappaFreezeCallback, KappaMonitor
+    from kappa_lightning.callbacks import ForgettingEval, KappaFreezeCallback, KappaMonitor, PretrainedAnchor, WalkBack
     from kappa_lightning.evaluation import evaluate_probe
     from kappa_lightning.lora import lora_targets
     from kappa_lightning.probes import AccuracyProbe, AgreementProbe, PerplexityProbe, Probe, SimilarityProbe
 else:
     # Lightning and torchmetrics take seconds to import, and the command and the condition numbers do without them.
     _ROOMS = {
-        "kappa_lightning.callbacks": ("ForgettingEval", "KappaFreezeCallback", "KappaMonitor"),
+        "kappa_lightning.callbacks": (
+            "ForgettingEval",
+            "KappaFreezeCallback",
+            "KappaMonitor",
+            "PretrainedAnchor",
+            "WalkBack",
+        ),
         "kappa_lightning.evaluation": ("evaluate_probe",),
         "kappa_lightning.lora": ("lora_targets",),
         "kappa_lightning.pilot": ("pilot",),
@@ -43,9 +49,11 @@ __all__ = [
     "KappaMonitor",
     "KappaProfile",
     "PerplexityProbe",
+    "PretrainedAnchor",
     "Probe",
     "SimilarityProbe",
     "Spectrum",
+    "WalkBack",
     "__version__",
     "condition_number",
     "evaluate_probe",

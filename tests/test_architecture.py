@@ -36,6 +36,7 @@ ORDER = [
     "kappa_lightning.lora",
     # What needs a model that runs.
     "kappa_lightning.evaluation",
+    "kappa_lightning.anchoring",
     "kappa_lightning.strategies",
     "kappa_lightning.callbacks",
     "kappa_lightning.pilot",
@@ -57,9 +58,11 @@ WITH_LIGHTNING = {"probes", "evaluation", "strategies", "callbacks", "pilot", "c
 LATE = [
     ("kappa_lightning", "[?]", "the public names: Lightning and torchmetrics take seconds to import"),
     ("kappa_lightning.callbacks.monitor", "kappa_lightning.figures", "Matplotlib takes about a second to import"),
+    ("kappa_lightning.callbacks.walk_back", "kappa_lightning.anchoring.figure", "Matplotlib, as above"),
     ("kappa_lightning.cli.registry", "[?]", "a command is found by its file's name"),
     ("kappa_lightning.cli.commands.*", "kappa_lightning.figures", "--help imports all commands: no Matplotlib"),
     ("kappa_lightning.cli.commands.*", "kappa_lightning.callbacks*", "--help imports all commands: no Lightning"),
+    ("kappa_lightning.cli.commands.*", "kappa_lightning.probes*", "--help imports all commands: no torchmetrics"),
     ("kappa_lightning.cli.commands.*", "kappa_lightning.pilot*", "--help imports all commands: no Lightning"),
 ]
 """Imports of our own modules in a function that are meant: who and what as globs ([?]: a name made up), and why."""

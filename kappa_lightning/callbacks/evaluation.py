@@ -7,15 +7,10 @@ from functools import partial
 import lightning.pytorch as pl
 
 from kappa_lightning.callbacks.progress import track
+from kappa_lightning.callbacks.trainer import batch_limit
 from kappa_lightning.evaluation import Circumstances, run_probe
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
-
-
-def batch_limit(trainer: pl.Trainer) -> int | None:
-    """How many batches each loop may read under ``fast_dev_run``; ``None`` without it."""
-    batches: int = trainer.fast_dev_run  # type: ignore[attr-defined]
-    return int(batches) or None
 
 
 def evaluate(trainer: pl.Trainer, module: pl.LightningModule, name: str, probe: Probe) -> float:

@@ -15,9 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from kappa_lightning.callbacks.evaluation import batch_limit, evaluate
+from kappa_lightning.callbacks.evaluation import evaluate
 from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.reporting import log_scalars, publish
+from kappa_lightning.callbacks.trainer import batch_limit
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import lightning.pytorch as pl
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 def track(
     trainer: pl.Trainer, items: Iterable[Item], *, total: int | None, description: str, unit: str
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """Iterate with a progress bar, on rank zero and only where the Trainer's own progress bar is on.
 
     Args:

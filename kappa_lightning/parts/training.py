@@ -67,6 +67,9 @@ def train_parts(module: nn.Module, parts: Iterable[Part]) -> PartialTraining:
     moved by weight decay, momentum, clipping or averaging, since no optimizer has it. ``state_dict()`` and
     ``save_pretrained`` keep the names and shapes that they had.
 
+    A copy of the module has parts of its own. A moving average must not be taken of both, the whole and its parts
+    (``AveragedModel`` would average the parts twice): take it of the ``state_dict``.
+
     What remains is the transient gradient of the whole tensor in the backward pass of its layer.
 
     Args:
@@ -191,15 +194,18 @@ class _Held:
         """The parameter as the layer sees it."""
         whole = self.layer._parameters[attribute]
         assert whole is not None
-        if not torch.is_grad_enabled():
-            return whole
         known = self.joined.get(attribute)
         if known is not None:
             return known
         indices = self.indices[attribute]
         parts = [cast(Tensor, self.layer._parameters[name]) for name in indices]
-        joined: Tensor = join(whole, list(indices.values()), parts)
-        return joined
+        if any(not _lies_in(part, whole[index]) for part, index in zip(parts, indices.values(), strict=True)):
+            # Somebody has put other values in their place, as torch.func.functional_call does.
+            joined = whole.clone()
+            for part, index in zip(parts, indices.values(), strict=True):
+                joined[index] = part
+            return joined
+        return whole if not torch.is_grad_enabled() else cast(Tensor, join(whole, list(indices.values()), parts))
 
     def share_memory_again(self) -> None:
         """After a move to another device or precision, which gives every parameter memory of its own."""
@@ -222,6 +228,10 @@ class _Held:
             hook.remove()
         self.layer.__class__ = self.plain
         del self.layer.__dict__[_HELD]
+
+
+def _lies_in(part: Tensor, entries: Tensor) -> bool:
+    return part.data_ptr() == entries.data_ptr() and part.stride() == entries.stride()
 
 
 def _hold(layer: nn.Module) -> _Held:

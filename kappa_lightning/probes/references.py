@@ -29,6 +29,11 @@ class References:
     def __len__(self) -> int:
         return len(self._sizes)
 
+    @property
+    def num_bytes(self) -> int:
+        """What all of them take."""
+        return sum(self._sizes.values())
+
     def clear(self) -> None:
         """Forget all; files stay, for they may be another run's."""
         self._kept, self._sizes = {}, {}

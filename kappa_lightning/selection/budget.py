@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kappa_lightning.arguments import as_number
+
 DEFAULT_TOP_P = 0.2
 """The budget where none is given: the fifth of the tensors with the lowest scores."""
 
@@ -41,8 +43,8 @@ class Budget:
             found = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none"
             raise ValueError(f"give exactly one budget of top_p, num_tensors, max_kappa and max_params; got {found}")
         ((name, value),) = given.items()
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}={value!r} is not a number")
+        value = as_number(value, name)
+        object.__setattr__(self, name, value)
         if name == "num_tensors" and not isinstance(value, int):
             raise TypeError(f"num_tensors={value!r} must be an int; for a share of the tensors use top_p")
         is_share = name == "top_p" or (name == "max_params" and isinstance(value, float))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from fractions import Fraction
 from typing import Protocol, TypeVar
 
+from kappa_lightning.arguments import as_int
 from kappa_lightning.selection.budget import Budget
 from kappa_lightning.selection.criteria import Scorable, criterion_of
 from kappa_lightning.weights.roles import depth_and_role
@@ -34,11 +35,13 @@ GROUPINGS: dict[str, Callable[[Scorable], Hashable]] = {
 """What tensors have in common that are ranked against each other: nothing, the shape, or the name without numbers."""
 
 
-def check_ranking(criterion: str, within: str, seed: int) -> None:
-    """Raise an error that names the argument if the criterion, the grouping or the seed is none."""
+def check_ranking(criterion: str, within: str, seed: int) -> tuple[str, str, int]:
+    """The three as plain Python values, or an error that names the argument if one of them is none."""
+    seed = as_int(seed, "seed")
     criterion_of(criterion, seed)
     if within not in GROUPINGS:
         raise ValueError(f"within={within!r} is unknown: use one of {', '.join(map(repr, GROUPINGS))}")
+    return str(criterion), str(within), seed
 
 
 def rank(rows: Iterable[Row], criterion: str = "kappa", *, within: str = "all", seed: int = 0) -> list[Row]:

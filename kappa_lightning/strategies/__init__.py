@@ -4,6 +4,8 @@ from kappa_lightning.evaluation import Share
 from kappa_lightning.strategies.adapter import StrategyAdapter
 from kappa_lightning.strategies.ddp import DDPAdapter
 from kappa_lightning.strategies.model_parallel import ModelParallelAdapter
+from kappa_lightning.strategies.optimizers import optimized
+from kappa_lightning.strategies.rates import scale_rates
 from kappa_lightning.strategies.registry import adapter_for, register_adapter
 
 __all__ = [
@@ -12,5 +14,7 @@ __all__ = [
     "Share",
     "StrategyAdapter",
     "adapter_for",
+    "optimized",
     "register_adapter",
+    "scale_rates",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import lightning.pytorch as pl
@@ -46,13 +46,13 @@ class StrategyAdapter:
         """
         return "optimizer"
 
-    def require_numbering(self, trainer: pl.Trainer, saved: str, trained: Collection[str]) -> None:
+    def require_numbering(self, trainer: pl.Trainer, saved: str, kept: Collection[str]) -> None:
         """Make sure that the optimizers' states in a checkpoint will go to the parameters that they are of.
 
         Args:
             trainer: has the optimizers that get them, from which nothing has been dropped yet.
             saved: the :meth:`numbering` with which they were saved.
-            trained: the names of the parameters that they are of.
+            kept: the names of the parameters that stay in the optimizers.
 
         Raises:
             ValueError: if they would be mixed up.
@@ -60,7 +60,7 @@ class StrategyAdapter:
         if saved != "module":
             return
         numbers = {id(p): place for place, p in enumerate(plain_parameters(trainer.lightning_module).values())}
-        wanted = {id(p) for name, p in plain_parameters(trainer.lightning_module).items() if name in trained}
+        wanted = {id(p) for name, p in plain_parameters(trainer.lightning_module).items() if name in kept}
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 order = [numbers[id(parameter)] for parameter in group["params"] if id(parameter) in wanted]
@@ -72,6 +72,25 @@ class StrategyAdapter:
                         "ckpt_path"
                     )
 
+    def require_steps(self, trainer: pl.Trainer, dropped: Iterable[nn.Parameter]) -> None:
+        """Make sure that every optimizer can still step once parameters have left it.
+
+        Raises:
+            ValueError: if a GradScaler would refuse a step of one that is left without a gradient.
+        """
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is None or not scaler.is_enabled():
+            return
+        gone = {id(parameter) for parameter in dropped}
+        for number, optimizer in enumerate(trainer.optimizers):
+            training = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            if training and all(id(parameter) in gone for parameter in training):
+                raise ValueError(
+                    f"optimizer {number} ({type(optimizer).__name__}) is left without a tensor that trains, and the "
+                    'GradScaler of precision="16-mixed" refuses its step: name one of its tensors in always_train, '
+                    'use precision="bf16-mixed", or leave the optimizer out'
+                )
+
     def drop_from_optimizers(self, trainer: pl.Trainer, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
         """Take parameters out of every optimizer and return a function that puts them back."""
         return drop_from_optimizers(trainer.optimizers, parameters)
@@ -82,6 +101,14 @@ class StrategyAdapter:
     def evaluating(self, module: pl.LightningModule) -> AbstractContextManager[None]:
         """What must hold while the module is evaluated, such as equal buffers on all processes."""
         return nullcontext()
+
+    @property
+    def averages_in_backward(self) -> bool:
+        """Whether a backward pass on the module itself, outside of its wrapper, leaves gradients that all share."""
+        return True
+
+    def average_gradients(self, trainer: pl.Trainer, parameters: Sequence[nn.Parameter]) -> None:
+        """Average the gradients that such a pass left on each process, where it does not do so itself."""
 
     def settle(self, module: pl.LightningModule) -> None:
         """Put the module's parameters back to how they are between steps, after a forward pass or before a read."""

@@ -68,7 +68,7 @@ class ModelParallelAdapter(StrategyAdapter):
         return "name" if strategy._save_distributed_checkpoint else "module"
 
     @override
-    def require_numbering(self, trainer: pl.Trainer, saved: str, trained: Collection[str]) -> None:
+    def require_numbering(self, trainer: pl.Trainer, saved: str, kept: Collection[str]) -> None:
         if saved == "optimizer":
             raise ValueError(
                 "the checkpoint was saved by another strategy, whose optimizer states are numbered by the optimizer's "
@@ -99,7 +99,7 @@ def _checkpoint_to_come(trainer: pl.Trainer) -> str | os.PathLike[str] | None:
             return path
         frame = frame.f_back
     raise RuntimeError(
-        "KappaFreezeCallback cannot tell whether this fit resumes: it was not called from Trainer._run(ckpt_path=…) of "
+        "the freeze cannot tell whether this fit resumes: it was not called from Trainer._run(ckpt_path=…) of "
         "Lightning 2.6"
     )
 

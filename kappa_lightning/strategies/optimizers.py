@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 
 # The names are there if the optimizer was given named parameters.
 _ALIGNED = frozenset({"params", "param_names"})
+
+# The groups of an optimizer before anything left them, so that several callbacks may give theirs back in any order.
+_WHOLE: WeakKeyDictionary[Optimizer, list[dict[str, list[Any]]]] = WeakKeyDictionary()
 
 
 def drop_from_optimizers(optimizers: Sequence[Optimizer], parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
@@ -34,36 +39,64 @@ def drop_from_optimizers(optimizers: Sequence[Optimizer], parameters: Iterable[n
                 "a plain optimizer, or ModelParallelStrategy, which shards its state"
             )
     dropped = {id(parameter) for parameter in parameters}
-    before = [(optimizer, _Groups(optimizer)) for optimizer in optimizers]
+    taken: list[tuple[Optimizer, set[int], dict[Tensor, Any]]] = []
     for optimizer in optimizers:
+        here = {id(p) for group in optimizer.param_groups for p in group["params"]} & dropped
+        if not here:
+            continue
+        if optimizer not in _WHOLE:
+            _WHOLE[optimizer] = [
+                {key: list(group[key]) for key in _ALIGNED.intersection(group)} for group in optimizer.param_groups
+            ]
         for group in optimizer.param_groups:
-            kept = [index for index, p in enumerate(group["params"]) if id(p) not in dropped]
-            for key in _ALIGNED.intersection(group):
-                group[key] = [group[key][index] for index in kept]
-        for parameter in [p for p in optimizer.state if id(p) in dropped]:
-            del optimizer.state[parameter]
+            kept = [index for index, p in enumerate(group["params"]) if id(p) not in here]
+            _rearrange(group, {key: [group[key][index] for index in kept] for key in _ALIGNED.intersection(group)})
+        states = {p: optimizer.state.pop(p) for p in list(optimizer.state) if id(p) in here}
+        _members_changed(optimizer)
+        taken.append((optimizer, here, states))
 
     def undo() -> None:
-        for optimizer, groups in before:
-            groups.restore(optimizer)
+        for optimizer, here, states in taken:
+            _put_back(optimizer, here)
+            optimizer.state.update(states)
+            _members_changed(optimizer)
+        taken.clear()
 
     return undo
 
 
-class _Groups:
-    """The parameters of an optimizer's groups and their state, as they were."""
+def _put_back(optimizer: Optimizer, returning: set[int]) -> None:
+    """Let parameters return to the groups and places where they were, as far as they are nowhere else by now."""
+    for place, (group, whole) in enumerate(zip(optimizer.param_groups, _WHOLE.get(optimizer, ()), strict=False)):
+        elsewhere = {id(p) for i, g in enumerate(optimizer.param_groups) if i != place for p in g["params"]}
+        present = {id(p) for p in group["params"]}
+        belong = present | (returning - elsewhere)
+        # A group that another callback has added to keeps what it has got.
+        known = {id(p) for p in whole["params"]}
+        added = [index for index, p in enumerate(group["params"]) if id(p) not in known]
+        back = [index for index, p in enumerate(whole["params"]) if id(p) in belong]
+        _rearrange(
+            group,
+            {
+                key: [whole[key][index] for index in back] + [group[key][index] for index in added]
+                for key in _ALIGNED.intersection(group, whole)
+            },
+        )
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.aligned = [
-            {key: list(group[key]) for key in _ALIGNED.intersection(group)} for group in optimizer.param_groups
-        ]
-        self.state = dict(optimizer.state)
 
-    def restore(self, optimizer: Optimizer) -> None:
-        kept = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        # Groups that another callback added since keep what they have.
-        added = {id(p) for group in optimizer.param_groups[len(self.aligned) :] for p in group["params"]}
-        for group, aligned in zip(optimizer.param_groups, self.aligned, strict=False):
-            back = [index for index, p in enumerate(aligned["params"]) if id(p) not in added]
-            group.update({key: [values[index] for index in back] for key, values in aligned.items()})
-        optimizer.state.update({p: state for p, state in self.state.items() if id(p) not in kept})
+def _rearrange(group: dict[str, Any], members: dict[str, list[Any]]) -> None:
+    # In place: LBFGS and some optimizers that wrap another hold the same lists.
+    for key, values in members.items():
+        group[key][:] = values
+
+
+def _members_changed(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, LBFGS):
+        # It has one state for all its parameters together, which says nothing of others.
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+
+
+def optimized(optimizers: Iterable[Optimizer]) -> set[int]:
+    """The ``id`` of every parameter that an optimizer has."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

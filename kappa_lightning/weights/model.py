@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from kappa_lightning.weights.layers import is_matrix, view_for
 from kappa_lightning.weights.made import Recipe, Recipes
 from kappa_lightning.weights.names import plain_name
+from kappa_lightning.weights.part import split_name
 from kappa_lightning.weights.quantized import dequantize, is_quantized, logical_shape
 from kappa_lightning.weights.sharded import whole
 from kappa_lightning.weights.weight import Weight
@@ -47,11 +48,18 @@ def _weights(module: nn.Module, layers: dict[str, nn.Module]) -> Iterator[Weight
             continue
         owner, _, attribute = stored_name.rpartition(".")
         layer = layers[owner]
+        if split_name(attribute)[0] in layer._parameters and split_name(attribute)[1] is not None:
+            continue  # a part of another parameter, in whose memory it lies
         if is_matrix(attribute, parameter, layer):
+            parts = tuple(
+                part
+                for other, part in layer._parameters.items()
+                if part is not None and other != attribute and split_name(other)[0] == attribute
+            )
             name = plain_name(stored_name)
             shape = () if isinstance(parameter, UninitializedParameter) else logical_shape(parameter)
             read = partial(_read, name, parameter, layer)
-            yield Weight(name, shape, parameter.dtype, read, view_for(layer, attribute, shape), parameter)
+            yield Weight(name, shape, parameter.dtype, read, view_for(layer, attribute, shape), parameter, parts=parts)
 
 
 def _made(recipe: Recipe) -> Weight | None:

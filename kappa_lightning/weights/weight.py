@@ -31,6 +31,7 @@ class Weight:
         makers: if reading it computes it (a parametrization, a norm of the weight), all parameters that it is made
             from, ``parameter`` among them.
         part: which part of the parameter it is, if it is not the whole.
+        parts: parameters that lie in its memory and train in its stead (:func:`kappa_lightning.parts.train_parts`).
         refusal: why a checkpoint's weight cannot be read, if it cannot.
     """
 
@@ -43,6 +44,7 @@ class Weight:
     companions: tuple[str, ...] = ()
     makers: tuple[nn.Parameter, ...] = ()
     part: Part | None = None
+    parts: tuple[nn.Parameter, ...] = ()
     refusal: str | None = None
 
     @property
@@ -58,7 +60,7 @@ class Weight:
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """What it is made from; of a checkpoint's weight, nothing."""
-        return self.makers or (() if self.parameter is None else (self.parameter,))
+        return self.makers or (() if self.parameter is None else (self.parameter, *self.parts))
 
     @property
     def is_trainable(self) -> bool:

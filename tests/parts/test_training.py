@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from kappa_lightning.parts import Part, expert_parts, gate_up_parts, head_parts, train_parts
+from kappa_lightning.weights import find_weights
 
 
 class Experts(nn.Module):
@@ -134,18 +134,33 @@ def test_copy_trains_its_own_parts():
     assert model._parameters["down[0]"].grad is None
 
 
-def test_moving_average_leaves_the_frozen_rest_as_it_is():
+def test_other_values_in_place_of_a_part_are_what_the_layer_uses():
     model = Experts()
-    before = model.state_dict()["down"].clone()
-    training = train_parts(model, expert_parts("down", (4, 5, 3))[:1])
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    for _ in range(3):
-        with torch.no_grad():
-            training.parameters["down[0]"].add_(1)
-        average.update_parameters(model)
-    after = average.module.state_dict()["down"]
-    assert torch.equal(after[1:], before[1:])
-    assert not torch.equal(after[0], before[0])
+    train_parts(model, expert_parts("down", (4, 5, 3))[:2])
+    other = copy.deepcopy(model.state_dict())
+    replaced = torch.randn(5, 3, requires_grad=True)
+    other["down"][1] = replaced.detach()
+    plain = Experts()
+    plain.load_state_dict(other)
+    x = batch()
+    result = torch.func.functional_call(model, {"down[1]": replaced}, (x,))
+    torch.testing.assert_close(result, plain(x))
+    result.square().sum().backward()
+    plain(x).square().sum().backward()
+    torch.testing.assert_close(replaced.grad, plain.down.grad[1])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.functional_call(model, {"down[1]": replaced}, (x,)), plain(x))
+
+
+def test_matrices_of_a_model_whose_parts_train_are_those_of_before():
+    model = Experts()
+    names = [weight.name for weight in find_weights(model)]
+    model.gate_up.requires_grad_(False)
+    train_parts(model, expert_parts("down", (4, 5, 3))[:1])
+    weights = {weight.name: weight for weight in find_weights(model)}
+    assert list(weights) == names
+    assert weights["down"].is_trainable
+    assert not weights["gate_up"].is_trainable
 
 
 def test_undo_leaves_a_module_as_it_was_with_the_trained_weights():

@@ -92,8 +92,9 @@ def _readable(tensors: Mapping[str, Stored], leading: str, *names: str) -> list[
 
 def _of(leading: Stored, others: tuple[Stored, ...], make: Callable[..., Tensor], view: View | None = None) -> Weight:
     def read() -> Tensor:
+        # Cloned, since sums over what a file maps, at any address, are rounded in another order than the model's.
         with torch.no_grad():
-            return make(leading.read(), *(other.read() for other in others))
+            return make(leading.read().clone(), *(other.read().clone() for other in others))
 
     # What is normalized or pruned is a layer's weight: of three dimensions, a convolution's.
     view = view or (as_convolution if len(leading.shape) > 2 else view_of(leading.shape))

@@ -22,7 +22,7 @@ _DAMAGE = (
     pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, ValueError, TypeError, LookupError,
     AttributeError, AssertionError, ArithmeticError, RuntimeError, MemoryError, ImportError,
 )  # fmt: skip
-_REFUSED = re.compile(r"Unsupported (?:global|class): (?:GLOBAL )?([\w.<>]+)|Can only build Tensor.*?([\w.]+)")
+_REFUSED = re.compile(r"Unsupported (?:global|class): (?:GLOBAL )?([\w.<>]+)")
 # A tensor that stands for more numbers than are stored, such as one that was expanded, may be this large.
 _LARGEST_EXPANDED = 1 << 24
 
@@ -72,10 +72,9 @@ def _what_went_wrong(file: Path, error: BaseException) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     found = _REFUSED.search(str(error))
     if found:
-        named = found[1] or found[2]
         return (
-            f"{file} holds a {named} beside or among its tensors and cannot be read without running its code. If you "
-            "trust where it comes from, allow it with torch.serialization.add_safe_globals, or save its state_dict "
+            f"{file} holds a {found[1]} beside or among its tensors and cannot be read without running its code. If "
+            "you trust where it comes from, allow it with torch.serialization.add_safe_globals, or save its state_dict "
             f'alone: torch.save(torch.load("{file.name}", weights_only=False)["state_dict"], "weights.pt")'
         )
     if isinstance(error, pickle.UnpicklingError):

@@ -1,0 +1,159 @@
+"""Which point of a path to stay at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point of the path and what was measured there.
+
+    Attributes:
+        factors: for each group how much of its update is left.
+        monitor: the new task's figure.
+        retention: of each probe, 1 being all.
+    """
+
+    factors: Mapping[str, float]
+    monitor: float
+    retention: Mapping[str, float]
+
+    @property
+    def alpha(self) -> float:
+        """The mean of the factors."""
+        return sum(self.factors.values()) / len(self.factors)
+
+    @property
+    def lowest_retention(self) -> float:
+        """That of the probe that lost most; −∞ where one is not a number."""
+        return min(-math.inf if math.isnan(value) else value for value in self.retention.values())
+
+    def record(self) -> dict[str, Any]:
+        """As plain values."""
+        retention = {f"{name}/retention": value for name, value in self.retention.items()}
+        return {
+            "alpha": self.alpha,
+            "factors": dict(self.factors),
+            "monitor": self.monitor,
+            "retention": self.lowest_retention,
+            **retention,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What is demanded of a point and what is best among those that satisfy it; exactly one limit is given.
+
+    Attributes:
+        min_retention: no probe may keep less; among those points the best monitor wins.
+        monitor_limit: the monitor may be no worse; among those points the highest retention wins.
+        higher_is_better: the monitor's direction.
+
+    Example:
+        >>> points = [Point({"all": a}, 1 - a, {"old": 1 - a / 4}) for a in (0.0, 0.5, 1.0)]
+        >>> Goal(min_retention=0.8).best(points).alpha, Goal(monitor_limit=0.6).best(points).alpha
+        (0.5, 0.5)
+    """
+
+    min_retention: float | None = None
+    monitor_limit: float | None = None
+    higher_is_better: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.min_retention is None) == (self.monitor_limit is None):
+            raise ValueError(
+                f"min_retention={self.min_retention} and monitor_limit={self.monitor_limit}: give exactly one of the "
+                "two; the other figure is then as good as it can be"
+            )
+        if self.min_retention is not None and not 0 < self.min_retention <= 1:
+            raise ValueError(f"min_retention={self.min_retention!r} must be in (0, 1], 1 being all")
+
+    def __str__(self) -> str:
+        if self.min_retention is not None:
+            return f"min_retention={self.min_retention:g}"
+        return f"monitor_limit={self.monitor_limit:g}"
+
+    def is_met(self, point: Point) -> bool:
+        """Whether a point satisfies what is demanded."""
+        if self.min_retention is not None:
+            return point.lowest_retention >= self.min_retention
+        assert self.monitor_limit is not None
+        return self._merit(point) >= (self.monitor_limit if self.higher_is_better else -self.monitor_limit)
+
+    def best(self, points: Sequence[Point]) -> Point:
+        """The best point; where none satisfies the demand, the one that comes nearest. Of equals the most trained."""
+        return max(points, key=self._rank)
+
+    def _rank(self, point: Point) -> tuple[bool, float, float]:
+        met = self.is_met(point)
+        # What is demanded decides among those that miss it, the other figure among those that do not.
+        by_monitor = met == (self.min_retention is not None)
+        return met, self._merit(point) if by_monitor else point.lowest_retention, point.alpha
+
+    def _merit(self, point: Point) -> float:
+        if math.isnan(point.monitor):
+            return -math.inf
+        return point.monitor if self.higher_is_better else -point.monitor
+
+
+def search(
+    measure: Callable[[Mapping[str, float]], Point], goal: Goal, groups: Sequence[str], points: Sequence[float]
+) -> Iterator[Point]:
+    """Measure the points at which all groups have one factor, and then one group after the other from the best.
+
+    Args:
+        measure: measures the point with these factors.
+        goal: decides which is best.
+        groups: the names of the factors.
+        points: the values that a factor takes.
+
+    Yields:
+        Every point that was measured, as it comes: ``len(points)``, and with several groups
+        ``len(groups) · (len(points) − 1)`` more.
+    """
+    seen = []
+    for value in points:
+        seen.append(measure(dict.fromkeys(groups, value)))
+        yield seen[-1]
+    if len(groups) == 1:
+        return
+    for group in groups:
+        best = goal.best(seen)
+        for value in points:
+            if value != best.factors[group]:
+                seen.append(measure({**best.factors, group: value}))
+                yield seen[-1]
+
+
+def num_points(num_groups: int, num_values: int) -> int:
+    """How many points :func:`search` measures."""
+    return num_values + (0 if num_groups == 1 else num_groups * (num_values - 1))
+
+
+def check_points(points: int | Sequence[float]) -> tuple[float, ...]:
+    """The factors to try, from pretrained to trained.
+
+    Args:
+        points: how many, evenly spaced, or which; 0 and 1 are always among them.
+
+    Raises:
+        ValueError: if there are fewer than two, or one lies outside of [0, 1].
+
+    Example:
+        >>> check_points(3), check_points([0.5])
+        ((0.0, 0.5, 1.0), (0.0, 0.5, 1.0))
+    """
+    if isinstance(points, int) and not isinstance(points, bool):
+        if points < 2:
+            raise ValueError(f"points={points} must be at least 2, the two ends")
+        return tuple(place / (points - 1) for place in range(points))
+    if isinstance(points, str | bool) or not isinstance(points, Sequence):
+        raise ValueError(f"points={points!r} must be a number of points, or a list of factors in [0, 1]")
+    for value in points:
+        if not 0 <= value <= 1:
+            raise ValueError(f"points: the factor {value!r} is not in [0, 1], 0 being pretrained and 1 trained")
+    return tuple(sorted({0.0, 1.0, *map(float, points)}))

@@ -1,0 +1,126 @@
+"""One freeze of a module: how it is done, all or nothing, and how it is taken back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from kappa_lightning.callbacks.plan import AnyProfile, Plan
+from kappa_lightning.strategies import StrategyAdapter, scale_rates
+from kappa_lightning.weights import plain_parameters
+
+# Which callback froze a parameter that is frozen, so that a freeze of ours is never taken for the user's.
+_FROZEN_BY: MutableMapping[nn.Parameter, weakref.ref[Callback]] = WeakIdKeyDictionary()
+
+
+def frozen_earlier(module: nn.Module, names: Iterable[str], running: Iterable[Callback]) -> list[nn.Parameter]:
+    """The parameters that a freeze callback froze in an earlier fit.
+
+    Args:
+        module: has the parameters.
+        names: of the parameters that are looked at.
+        running: callbacks whose freeze is of the fit that is beginning.
+    """
+    parameters, current = plain_parameters(module), {id(callback) for callback in running}
+    owners = [(parameters[name], _FROZEN_BY.get(parameters[name])) for name in names]
+    return [p for p, owner in owners if owner is not None and not p.requires_grad and id(owner()) not in current]
+
+
+@contextmanager
+def thawed(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Let parameters require a gradient, and no longer if what follows fails."""
+    for parameter in parameters:
+        parameter.requires_grad = True
+    try:
+        yield
+    except BaseException:
+        for parameter in parameters:
+            parameter.requires_grad = False
+        raise
+
+
+class Freeze:
+    """A plan that has been carried out.
+
+    Args:
+        trainer: whose strategy and optimizers are concerned.
+        module: what it trains.
+        adapter: of the strategy.
+        plan: what becomes of the parameters.
+        owner: the callback whose freeze it is.
+
+    Raises:
+        ValueError: if an optimizer cannot do it. Nothing has been changed then, as after any other error.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, module: nn.Module, adapter: StrategyAdapter, plan: Plan[AnyProfile], owner: Callback
+    ) -> None:
+        parameters = plain_parameters(module)
+        self._owner = weakref.ref(owner)
+        self._trainer: weakref.ref[pl.Trainer] | None = weakref.ref(trainer)
+        self._adapter = adapter
+        self._undo_optimizers: Callable[[], None] = _nothing
+        self._undo_rates: Callable[[], None] = _nothing
+        self._thawed = [parameters[name] for name in plan.thawed if not parameters[name].requires_grad]
+        frozen = [parameters[name] for name in parameters if name in plan.frozen and name not in plan.thawed]
+        self._frozen = [parameter for parameter in frozen if parameter.requires_grad]
+        self._gradients: list[tuple[nn.Parameter, Tensor | None]] = [(p, p.grad) for p in frozen]
+        dropped = [parameters[name] for name in parameters if name in plan.dropped]
+        adapter.require_steps(trainer, dropped)
+        try:
+            self._undo_optimizers = adapter.drop_from_optimizers(trainer, dropped)
+            if plan.rates is not None:
+                factors = {parameters[name]: rate for name, rate in plan.rates.items() if name in plan.trained}
+                self._undo_rates = scale_rates(trainer.optimizers, factors)
+            for parameter in frozen:
+                # Not requires_grad_(), which a lazy layer's parameter refuses.
+                parameter.requires_grad = False
+                parameter.grad = None
+            for parameter in self._frozen:
+                _FROZEN_BY[parameter] = self._owner
+            for parameter in self._thawed:
+                parameter.requires_grad = True
+            self.rewrap()
+        except BaseException:
+            for parameter, gradient in self._gradients:
+                parameter.grad = gradient
+            self.undo()
+            for parameter in self._thawed:
+                parameter.requires_grad = False
+            raise
+        self._gradients = []
+
+    def thaw(self) -> None:
+        """Give ``requires_grad`` back, to what no other callback has frozen since."""
+        for parameter in self._frozen:
+            if _FROZEN_BY.get(parameter) is self._owner:
+                parameter.requires_grad = True
+                del _FROZEN_BY[parameter]
+        self._frozen = []
+
+    def undo(self) -> None:
+        """Give ``requires_grad``, the places in the optimizers and their rates back."""
+        self.thaw()
+        self._undo_rates()
+        self._undo_optimizers()
+
+    def rewrap(self) -> None:
+        """Let what wraps the module know, while there is such."""
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is not None:
+            self._adapter.requires_grad_changed(trainer)
+
+    def fit_ended(self) -> None:
+        """What wrapped the module is gone."""
+        self._trainer = None
+
+
+def _nothing() -> None:
+    """What there is to undo before anything is done."""
