@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -18,11 +18,14 @@ from typing_extensions import override
 from kappa_lightning.callbacks.evaluation import evaluate
 from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.reporting import log_scalars, publish
+from kappa_lightning.callbacks.schedule import Schedule, warn_of_stale_monitors
+from kappa_lightning.callbacks.state import figures_in
 from kappa_lightning.callbacks.trainer import batch_limit
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
 
 OnBreach = Literal["stop", "warn", "raise"]
+Moment = Literal["start", "step", "epoch"]
 _NO_BASELINE = (
     "{source} has no baseline of the probe {probe!r}, and measuring one on weights that are trained already would hide "
     "what they forgot: leave this probe out, or load the weights into a new module and call fit without ckpt_path to "
@@ -31,7 +34,7 @@ _NO_BASELINE = (
 
 
 class ForgettingEval(Callback):
-    """Measure retained capabilities before the first step and after every n-th epoch.
+    """Measure retained capabilities before the first step and after every n-th epoch or optimizer step.
 
     The *retention* of a probe is its metric now over its metric before the first step, or the inverse where lower is
     better: 1 means that nothing is lost, more than 1 that the model got better at it. For perplexity it is
@@ -43,7 +46,8 @@ class ForgettingEval(Callback):
     - ``forgetting/<probe>/<metric>``: the metric, as the probe names it;
     - ``forgetting/<probe>/retention``: 1 is all;
     - ``forgetting/<probe>/forgetting``: 1 − retention;
-    - ``forgetting/retention``: the mean retention over all probes.
+    - ``forgetting/retention``: the mean retention over all probes, those of the Trainer's other ForgettingEvals
+      included, each with its latest figure.
 
     An evaluation runs in eval mode, without gradients and under the Trainer's precision, and leaves modes, random
     number generators, gradients and BatchNorm statistics as they were. Where the epoch ends with a validation loop it
@@ -52,15 +56,20 @@ class ForgettingEval(Callback):
     validation loop, it measures the averaged weights, which are those that a checkpoint holds. Several processes share
     the batches, each of which counts once.
 
+    Several in one Trainer, such as one with a cheap probe often and one with a dear probe seldom, need other names for
+    their probes. With ``every_n_train_steps`` it measures as soon as that many optimizer steps are done, accumulated
+    batches counting as one, so that ``ModelCheckpoint(every_n_train_steps=...)`` sees the figures of its step.
+
     The baseline survives a resume and a second fit of the same module, and is never measured on trained weights. With
     ``fast_dev_run`` each probe reads as many batches as the other loops, and its figures are not judged.
 
     Args:
         probes: the probes by name, which appears in the tags.
-        every_n_epochs: the number of epochs between evaluations.
+        every_n_epochs: the number of epochs between evaluations; by default 1, or none with ``every_n_train_steps``.
         min_retention: the retention below which no probe may fall.
-        on_breach: what happens if one does: ``"stop"`` ends the training after this epoch, ``"warn"`` only warns,
-            ``"raise"`` raises a RuntimeError.
+        on_breach: what happens if one does: ``"stop"`` ends the training after this epoch or step, ``"warn"`` only
+            warns, ``"raise"`` raises a RuntimeError.
+        every_n_train_steps: the number of optimizer steps (``Trainer.global_step``) between evaluations.
 
     Attributes:
         baseline: each probe's metric before the first step.
@@ -94,9 +103,10 @@ class ForgettingEval(Callback):
     def __init__(
         self,
         probes: Mapping[str, Probe],
-        every_n_epochs: int = 1,
+        every_n_epochs: int | None = None,
         min_retention: float | None = None,
         on_breach: OnBreach = "stop",
+        every_n_train_steps: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(probes, Mapping):
@@ -110,8 +120,8 @@ class ForgettingEval(Callback):
                 raise TypeError(f"probes: the name {name!r} is not a non-empty string")
             if not isinstance(probe, Probe):
                 raise TypeError(f"probes[{name!r}] is a {type(probe).__name__}, not a Probe")
-        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs!r} must be an int of at least 1")
+        self.schedule = Schedule(every_n_epochs, every_n_train_steps)
+        self.every_n_epochs, self.every_n_train_steps = self.schedule.every_n_epochs, every_n_train_steps
         if min_retention is not None and not (isinstance(min_retention, int | float) and 0 < min_retention <= 1):
             raise ValueError(f"min_retention={min_retention!r} must be in (0, 1], 1 being all")
         if on_breach not in get_args(OnBreach):
@@ -119,13 +129,13 @@ class ForgettingEval(Callback):
                 f"on_breach={on_breach!r} is unknown: use one of {', '.join(map(repr, get_args(OnBreach)))}"
             )
         self.probes = dict(probes)
-        self.every_n_epochs = every_n_epochs
         self.min_retention = min_retention
         self.on_breach = on_breach
         self.baseline: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0
+        self._step = 0
         self._module: weakref.ref[nn.Module] | None = None
 
     @override
@@ -134,24 +144,27 @@ class ForgettingEval(Callback):
             adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
             # Whose averaged weights are in the module while validation runs, up to its own on_validation_epoch_end.
             move_before(trainer, self, WeightAveraging)
+            self._require_distinct_probes(trainer)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Called before load_state_dict, and also if the checkpoint has no state of this callback.
-        self._restored = None
+        self._restored = figures_in(checkpoint, self, self.probes)
         self._checkpoint_step = checkpoint["global_step"]
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._warn_of_stale_monitors(trainer)
+        warn_of_stale_monitors(trainer, self.schedule)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         averaging = next((other for other in callbacks if isinstance(other, WeightAveraging)), None)
-        if averaging is not None and not trainer.enable_validation:
+        by_steps = self.schedule.every_n_train_steps is not None
+        if averaging is not None and (by_steps or not trainer.enable_validation):
             rank_zero_warn(
                 f"ForgettingEval measures the weights that train, and {type(averaging).__name__} saves their averages: "
                 "with a validation loop, during which the averages are in the module, those are measured"
+                + (", but not by every_n_train_steps" if by_steps else "")
             )
 
     @override
@@ -176,9 +189,12 @@ class ForgettingEval(Callback):
         else:
             self.baseline, self.history = {}, []
         self._forget_checkpoint()
+        self._step = trainer.global_step
         if self.history:
             # Already logged before the interruption; callbacks that monitor a metric have not seen it in this run.
             publish(trainer, _scalars(self.history[-1]))
+            if self.schedule.missed_step(self.history[-1]["step"], self._step):
+                self._evaluate(trainer, pl_module, trainer.current_epoch, "step")
         else:
             if not self.baseline:
                 for probe in self.probes.values():
@@ -188,18 +204,26 @@ class ForgettingEval(Callback):
                 if batch_limit(trainer) is None:
                     self._require_ratios(values)
                 self.baseline = values
-            self._record(trainer, values, epoch=trainer.current_epoch)
+            self._record(trainer, values, trainer.current_epoch, "start")
         self._module = weakref.ref(pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._due_at_step(trainer):
+            self._evaluate(trainer, pl_module, trainer.current_epoch, "step")
+        self._step = trainer.global_step
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # ModelCheckpoint and EarlyStopping may look at the figures when validation ends, before on_train_epoch_end.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._evaluate(trainer, pl_module)
+            self._evaluate_epoch(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._evaluate(trainer, pl_module)
+        self._evaluate_epoch(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -208,6 +232,22 @@ class ForgettingEval(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._forget_checkpoint()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # By the probes, so that several in one Trainer have several; a resume with other probes looks for theirs.
+        return self._generate_state_key(probes=sorted(self.probes))
+
+    def __repr__(self) -> str:
+        shown = {
+            "probes": self.probes,
+            "every_n_epochs": self.schedule.every_n_epochs,
+            "every_n_train_steps": self.schedule.every_n_train_steps,
+            "min_retention": self.min_retention,
+        }
+        arguments = ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
+        return f"ForgettingEval({arguments}, on_breach={self.on_breach!r})"
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -219,7 +259,7 @@ class ForgettingEval(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
-        self._restored = state_dict or None
+        self._restored = state_dict or self._restored
 
     def __getstate__(self) -> dict[str, Any]:
         # What refers to one process' objects stays out of a copy and of what a spawned process gets.
@@ -229,47 +269,46 @@ class ForgettingEval(Callback):
         self._restored = None
         self._checkpoint_step = 0
 
-    def _evaluate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        by_steps = trainer.check_val_every_n_epoch is None and trainer.validating
+    def is_due(self, trainer: pl.Trainer, moment: Moment) -> bool:
+        """Whether it will measure in this hook, whose turn has not come yet."""
+        if moment == "step":
+            return self._due_at_step(trainer)
+        return moment == "start" or self._due_at_epoch(trainer) is not None
+
+    def _due_at_step(self, trainer: pl.Trainer) -> bool:
+        return self.schedule.passes_step(self._step, trainer.global_step)
+
+    def _due_at_epoch(self, trainer: pl.Trainer) -> int | None:
+        """The number of epochs after which it is due now, in the middle of one if it is counted by validations."""
+        by_validations = trainer.check_val_every_n_epoch is None and trainer.validating
         at_epoch_end = trainer.is_last_batch or not trainer.validating
-        if not (at_epoch_end or by_steps):
-            return
         epoch = trainer.current_epoch + int(at_epoch_end)
-        if not by_steps and epoch % self.every_n_epochs:
-            return
+        if self.schedule.every_n_epochs is None or not (at_epoch_end or by_validations):
+            return None
+        if not (by_validations or self.schedule.ends_epoch(epoch)):
+            return None
         # With a validation loop an epoch ends twice, in its last validation and in on_train_epoch_end.
-        if (self.history[-1]["epoch"], self.history[-1]["step"]) == (epoch, trainer.global_step):
-            return
-        self._record(trainer, self._measure(trainer, module), epoch=epoch)
+        latest = self.history[-1]
+        same = latest["step"] == trainer.global_step
+        return None if same and (latest["epoch"] == epoch or self.schedule.every_n_train_steps is not None) else epoch
+
+    def _evaluate_epoch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        epoch = self._due_at_epoch(trainer)
+        if epoch is not None:
+            self._evaluate(trainer, module, epoch, "epoch")
+
+    def _evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, moment: Moment) -> None:
+        self._record(trainer, self._measure(trainer, module), epoch, moment)
         if self.min_retention is not None and batch_limit(trainer) is None:
             self._guard(trainer)
 
-    def _warn_of_stale_monitors(self, trainer: pl.Trainer) -> None:
-        mid_epoch = trainer.check_val_every_n_epoch is not None and trainer.val_check_interval != 1.0
-        often = "after every epoch" if self.every_n_epochs == 1 else f"every {self.every_n_epochs} epochs"
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            monitor = getattr(callback, "monitor", None)
-            if not isinstance(callback, ModelCheckpoint | EarlyStopping) or not str(monitor).startswith("forgetting/"):
-                continue
-            # What these arguments are kept in has no public form.
-            at_epoch_end = getattr(callback, "_save_on_train_epoch_end", None) or getattr(
-                callback, "_check_on_train_epoch_end", False
-            )
-            by_steps = isinstance(callback, ModelCheckpoint) and callback._every_n_epochs < 1
-            seldom = isinstance(callback, ModelCheckpoint) and callback._every_n_epochs % self.every_n_epochs == 0
-            if by_steps or (self.every_n_epochs > 1 and not seldom):
-                rank_zero_warn(
-                    f"{type(callback).__name__} monitors {monitor}, which is measured {often}; between, it sees the "
-                    "last figure, at first the 1.0 from before training. Use "
-                    f"ForgettingEval(every_n_epochs=1) and ModelCheckpoint(every_n_epochs={self.every_n_epochs})"
-                )
-            elif mid_epoch and not at_epoch_end:
-                rank_zero_warn(
-                    f"{type(callback).__name__} monitors {monitor}, which is measured after an epoch, and validation "
-                    f"runs within it (val_check_interval={trainer.val_check_interval}); there it sees the figure of "
-                    "the epoch before, at first the 1.0 from before training. Let it look at the end of an epoch: "
-                    "ModelCheckpoint(save_on_train_epoch_end=True), EarlyStopping(check_on_train_epoch_end=True)"
+    def _require_distinct_probes(self, trainer: pl.Trainer) -> None:
+        for other in _others(trainer, self):
+            shared = sorted(self.probes.keys() & other.probes.keys())
+            if shared:
+                raise ValueError(
+                    f"two ForgettingEvals of this Trainer have a probe named {shared[0]!r}, and would log their "
+                    "figures under the same tags: give it another name in one of them"
                 )
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
@@ -298,7 +337,7 @@ class ForgettingEval(Callback):
                     "is a ratio to that: use a capability that the model has, and a metric that is above 0 for it"
                 )
 
-    def _record(self, trainer: pl.Trainer, values: Mapping[str, float], epoch: int) -> None:
+    def _record(self, trainer: pl.Trainer, values: Mapping[str, float], epoch: int, moment: Moment) -> None:
         scalars: dict[str, float] = {}
         retentions = []
         for name, value in values.items():
@@ -307,8 +346,17 @@ class ForgettingEval(Callback):
             scalars[f"forgetting/{name}/retention"] = retention
             scalars[f"forgetting/{name}/forgetting"] = 1 - retention
             retentions.append(retention)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = _others(trainer, self)
+        pending = [o for o in others if callbacks.index(o) > callbacks.index(self) and o.is_due(trainer, moment)]
+        for other in others:
+            known = other.history[-1] if other.history and not (other in pending and moment == "start") else {}
+            retentions += [known.get(f"forgetting/{name}/retention", 1.0) for name in other.probes]
         scalars["forgetting/retention"] = statistics.fmean(retentions)
         self.history.append({"epoch": epoch, "step": trainer.global_step, **scalars})
+        if pending:
+            # The mean of this step is not complete before the last of them has measured, which logs it.
+            publish(trainer, {"forgetting/retention": scalars.pop("forgetting/retention")})
         log_scalars(trainer, scalars)
 
     def _guard(self, trainer: pl.Trainer) -> None:
@@ -322,7 +370,9 @@ class ForgettingEval(Callback):
         if not lost:
             return
         figures = ", ".join(f"{name} {retention:.4f}" for name, retention in lost.items())
-        message = f"retention fell below min_retention={self.min_retention:g} after epoch {latest['epoch']}: {figures}"
+        by_epochs = self.schedule.every_n_train_steps is None
+        when = f"after epoch {latest['epoch']}" if by_epochs else f"at step {latest['step']}"
+        message = f"retention fell below min_retention={self.min_retention:g} {when}: {figures}"
         if self.on_breach == "raise":
             raise RuntimeError(message)
         if self.on_breach == "warn":
@@ -340,3 +390,8 @@ def _retention(before: float, now: float, higher_is_better: bool) -> float:
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
     return {tag: value for tag, value in record.items() if tag not in ("epoch", "step")}
+
+
+def _others(trainer: pl.Trainer, callback: ForgettingEval) -> list[ForgettingEval]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [other for other in callbacks if isinstance(other, ForgettingEval) and other is not callback]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -17,6 +18,8 @@ from typing_extensions import override
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_figure, log_scalars, publish, shows_pictures
+from kappa_lightning.callbacks.schedule import Schedule
+from kappa_lightning.callbacks.state import figures_in
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.strategies import adapter_for
@@ -24,7 +27,7 @@ from kappa_lightning.weights import Weight, find_weights, match_parameters
 
 
 class KappaMonitor(Callback):
-    """Log the condition number κ of tensors at fit start and after every n-th epoch, and how far it has drifted.
+    """Log the condition number κ of tensors at fit start and after every n-th epoch or optimizer step, and its drift.
 
     Logged at the trainer's global step, to every logger, and visible to ``ModelCheckpoint`` and ``EarlyStopping``:
 
@@ -32,6 +35,9 @@ class KappaMonitor(Callback):
     - ``kappa_drift/<tensor>``: log10 of κ now over κ at fit start, so +1 is ten times as ill-conditioned;
     - ``kappa/median``: the median κ of the tensors;
     - ``kappa_drift/max`` and ``kappa_drift/min``: the largest and the smallest drift.
+
+    Several in one Trainer share the tags of tensors that more than one of them watches; the median and the extremes of
+    one that watches others than the first in the list have its ``tensors`` in their tags, as ``kappa/all/median``.
 
     With a TensorBoard logger and ``figures``, the picture ``kappa/drift`` shows κ against its value at fit start and
     the drift over the epochs.
@@ -41,9 +47,10 @@ class KappaMonitor(Callback):
     ``Trainer(barebones=True)``, which turns logging off, nothing is computed.
 
     Args:
-        every_n_epochs: the number of epochs between figures.
+        every_n_epochs: the number of epochs between figures; by default 1, or none with ``every_n_train_steps``.
         tensors: ``"trainable"``, ``"all"``, or globs over parameter names and groups such as ``["@attention"]``.
         figures: whether to draw.
+        every_n_train_steps: the number of optimizer steps (``Trainer.global_step``) between figures.
 
     Attributes:
         baseline: κ of each tensor at fit start.
@@ -69,22 +76,27 @@ class KappaMonitor(Callback):
     """
 
     def __init__(
-        self, every_n_epochs: int = 1, tensors: str | Sequence[str] = "trainable", figures: bool = True
+        self,
+        every_n_epochs: int | None = None,
+        tensors: str | Sequence[str] = "trainable",
+        figures: bool = True,
+        every_n_train_steps: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs!r} must be an int of at least 1")
+        self.schedule = Schedule(every_n_epochs, every_n_train_steps)
+        self.every_n_epochs, self.every_n_train_steps = self.schedule.every_n_epochs, every_n_train_steps
         if isinstance(tensors, str) and tensors not in ("trainable", "all"):
             raise ValueError(
                 f'tensors={tensors!r} must be "trainable", "all" or a list of globs, such as [{tensors!r}]'
             )
-        self.every_n_epochs = every_n_epochs
         self.tensors: str | tuple[str, ...] = tensors if isinstance(tensors, str) else tuple(tensors)
         self.figures = figures
         self.baseline: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
         self._weights: dict[str, Weight] = {}
-        self._trained: set[str] = set()
+        self._moved: set[str] = set()
+        self._logged: tuple[int, set[str]] = (-1, set())
+        self._step = 0
         self._settings = ProfileSettings()
         self._restored: dict[str, Any] | None = None
         self._module: weakref.ref[nn.Module] | None = None
@@ -99,7 +111,7 @@ class KappaMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Called before load_state_dict, and also if the checkpoint has no state of this callback.
-        self._restored = None
+        self._restored = figures_in(checkpoint, self, None)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,11 +120,14 @@ class KappaMonitor(Callback):
         adapter_for(trainer).settle(pl_module)
         # Not on_fit_start: by now every callback has frozen what it freezes, whatever their order.
         self._weights = {weight.name: weight for weight in self._watched(pl_module)}
-        self._trained = {name for name, weight in self._weights.items() if weight.is_trainable}
+        self._moved = set()
+        self._logged = (-1, set())
+        self._step = trainer.global_step
         resumed = trainer.ckpt_path is not None and self._restored is not None
         continued = trainer.global_step > 0 and self._module is not None and self._module() is pl_module
         if self._restored is not None and resumed:
             self.baseline, self.history = dict(self._restored["baseline"]), list(self._restored["history"])
+            self._moved = {name for name in self._restored.get("moved", ()) if name in self._weights}
         elif not continued:
             self.baseline, self.history = {}, []
         self._restored = None
@@ -123,7 +138,9 @@ class KappaMonitor(Callback):
             self._settings = known.settings
         if self.history:
             # Already logged before the interruption; the callbacks that monitor a metric have not seen it in this run.
-            publish(trainer, self._scalars(self.history[-1]["kappa"]))
+            publish(trainer, self._scalars(trainer, self.history[-1]["kappa"]))
+            if self.schedule.missed_step(self.history[-1]["step"], self._step):
+                self._update(trainer, trainer.current_epoch)
             return
         if trainer.global_step == 0:
             self.baseline = self._measure(trainer, self._weights, known)
@@ -140,20 +157,31 @@ class KappaMonitor(Callback):
         self._record(trainer, kappas, epoch=trainer.current_epoch)
 
     @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        # Here and not at the epoch's end: another callback may thaw a tensor for a part of it only.
+        self._note_moving()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.barebones:
+            return
+        # A bare optimizer of manual optimization steps without Lightning's hook.
+        self._note_moving()
+        if self.schedule.passes_step(self._step, trainer.global_step):
+            self._update(trainer, trainer.current_epoch)
+        self._step = trainer.global_step
+
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.barebones or (trainer.current_epoch + 1) % self.every_n_epochs:
+        epoch = trainer.current_epoch + 1
+        if trainer.barebones or not self.schedule.ends_epoch(epoch) or self.history[-1]["epoch"] == epoch:
             return
-        if self.history[-1]["epoch"] == trainer.current_epoch + 1:
-            return
-        trained = {name for name, weight in self._weights.items() if weight.is_trainable}
-        # One that another callback froze meanwhile has changed since its last figure, too.
-        moving = {name: self._weights[name] for name in self._weights if name in trained | self._trained}
-        self._trained = trained
-        last = self.history[-1]["kappa"]
-        kappas = {name: last[name] for name in self._weights if name in last}
-        moving |= {name: weight for name, weight in self._weights.items() if name not in last}
-        kappas.update(self._measure(trainer, moving))
-        self._record(trainer, kappas, epoch=trainer.current_epoch + 1)
+        if self.schedule.every_n_train_steps is None or self.history[-1]["step"] != trainer.global_step:
+            self._update(trainer, epoch)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -164,18 +192,53 @@ class KappaMonitor(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._weights = {}
 
+    @property
+    @override
+    def state_key(self) -> str:
+        # The arguments, so that several in one Trainer have several; a resume with others looks for its tensors.
+        return self._generate_state_key(
+            tensors=self.tensors,
+            every_n_epochs=self.schedule.every_n_epochs,
+            every_n_train_steps=self.schedule.every_n_train_steps,
+        )
+
+    def __repr__(self) -> str:
+        shown = {
+            "every_n_epochs": self.schedule.every_n_epochs,
+            "every_n_train_steps": self.schedule.every_n_train_steps,
+            "tensors": self.tensors if isinstance(self.tensors, str) else list(self.tensors),
+            "figures": self.figures,
+        }
+        return f"KappaMonitor({', '.join(f'{name}={value!r}' for name, value in shown.items() if value is not None)})"
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"baseline": dict(self.baseline), "history": list(self.history)} if self.baseline else {}
+        if not self.baseline:
+            return {}
+        # What has moved since the last figure and may be frozen again by now is not told by the model.
+        return {"baseline": dict(self.baseline), "history": list(self.history), "moved": sorted(self._moved)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
-        self._restored = state_dict or None
+        self._restored = state_dict or self._restored
 
     def __getstate__(self) -> dict[str, Any]:
         # What refers to one process' objects stays out of a copy and of what a spawned process gets.
         return self.__dict__ | {"_module": None, "_weights": {}}
+
+    def _note_moving(self) -> None:
+        self._moved.update(
+            name for name, weight in self._weights.items() if name not in self._moved and weight.is_trainable
+        )
+
+    def _update(self, trainer: pl.Trainer, epoch: int) -> None:
+        last = self.history[-1]["kappa"]
+        kappas = {name: last[name] for name in self._weights if name in last}
+        moved = {name: weight for name, weight in self._weights.items() if name in self._moved or name not in last}
+        self._moved = set()
+        kappas.update(self._measure(trainer, moved))
+        self._record(trainer, kappas, epoch)
 
     def _watched(self, module: pl.LightningModule) -> list[Weight]:
         weights = find_weights(module)
@@ -205,21 +268,42 @@ class KappaMonitor(Callback):
 
     def _record(self, trainer: pl.Trainer, kappas: Mapping[str, float], epoch: int) -> None:
         self.history.append({"epoch": epoch, "step": trainer.global_step, "kappa": dict(kappas)})
-        log_scalars(trainer, self._scalars(kappas))
+        scalars = self._scalars(trainer, kappas)
+        # What two monitors watch has one tag, and one value at a step.
+        known = {tag for other in self._others(trainer) for tag in other.logged_at(trainer.global_step)}
+        self._logged = (trainer.global_step, set(scalars))
+        log_scalars(trainer, {tag: value for tag, value in scalars.items() if tag not in known})
         if self.figures and shows_pictures(trainer):
             # Matplotlib takes about a second to import, which only a run that draws should pay.
             from kappa_lightning.figures import drift_figure
 
-            log_figure(trainer, "kappa/drift", drift_figure(self.baseline, self.history))
+            log_figure(trainer, f"kappa{self._label(trainer)}/drift", drift_figure(self.baseline, self.history))
 
-    def _scalars(self, kappas: Mapping[str, float]) -> dict[str, float]:
+    def logged_at(self, step: int) -> set[str]:
+        """The tags that it has logged at a global step, if that is the last at which it did."""
+        return self._logged[1] if self._logged[0] == step else set()
+
+    def _others(self, trainer: pl.Trainer) -> list[KappaMonitor]:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [other for other in callbacks if isinstance(other, KappaMonitor) and other is not self]
+
+    def _label(self, trainer: pl.Trainer) -> str:
+        """What tells its median and extremes from those of other tensors: nothing for the first of the monitors."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        first = next(other for other in callbacks if isinstance(other, KappaMonitor))
+        if first.tensors == self.tensors:
+            return ""
+        return "/" + (self.tensors if isinstance(self.tensors, str) else " ".join(self.tensors))
+
+    def _scalars(self, trainer: pl.Trainer, kappas: Mapping[str, float]) -> dict[str, float]:
+        label = self._label(trainer)
         drifts = {name: drift(self.baseline.setdefault(name, kappa), kappa) for name, kappa in kappas.items()}
         return {
             **{f"kappa/{name}": kappa for name, kappa in kappas.items()},
             **{f"kappa_drift/{name}": value for name, value in drifts.items()},
-            "kappa/median": statistics.median(kappas.values()),
-            "kappa_drift/max": max(drifts.values()),
-            "kappa_drift/min": min(drifts.values()),
+            f"kappa{label}/median": statistics.median(kappas.values()),
+            f"kappa_drift{label}/max": max(drifts.values()),
+            f"kappa_drift{label}/min": min(drifts.values()),
         }
 
 

@@ -38,6 +38,8 @@ class Probe:
         ... )
         >>> probe.name, probe.higher_is_better
         ('binary_accuracy', True)
+        >>> probe
+        Probe(binary_accuracy over 2 batches, higher is better)
     """
 
     def __init__(self, dataloader: Iterable[Any], metric: Metric, step: Step, *, name: str | None = None) -> None:
@@ -65,6 +67,12 @@ class Probe:
         self.name = name or _snake_case(type(metric).__name__)
         if self.name in ("retention", "forgetting"):
             raise ValueError(f"name={self.name!r} is the tag of another figure: choose another")
+
+    def __repr__(self) -> str:
+        count = known_length(self.dataloader)
+        batches = "an unknown number of batches" if count is None else f"{count} batch{'' if count == 1 else 'es'}"
+        direction = "higher" if self.higher_is_better else "lower"
+        return f"{type(self).__name__}({self.name} over {batches}, {direction} is better)"
 
     @property
     def higher_is_better(self) -> bool:

@@ -8,8 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from kappa_lightning.files import replacing
+from kappa_lightning.fingerprint import fingerprint
 
 Reference = dict[str, Tensor]
+
+FORMAT = "kappa-lightning reference distribution"
 
 
 class References:
@@ -60,13 +63,15 @@ class References:
         self._sizes[key] = self._room_for(key, reference)
 
     def get(self, key: str) -> Reference | None:
-        """A reference; ``None`` if there is none of that key."""
+        """A reference; ``None`` if there is none of that key.
+
+        Raises:
+            ValueError: if its file is damaged, or something else.
+        """
         if self.directory is None:
             return self._kept.get(key)
-        from safetensors.torch import load_file
-
         file = self._file(key)
-        return load_file(file) if file.is_file() else None
+        return self._read(file) if os.path.lexists(file) else None
 
     def to_dict(self) -> dict[str, Reference]:
         """The references that are kept in memory, by their keys."""
@@ -96,5 +101,36 @@ class References:
         from safetensors.torch import save_file
 
         file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in reference.items()}
+        marks = {f"mark.{name}": fingerprint(tensor) for name, tensor in tensors.items()}
         with replacing(file) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in reference.items()}, temporary)
+            save_file(tensors, temporary, metadata={"format": FORMAT, **marks})
+
+    @staticmethod
+    def _read(file: Path) -> Reference:
+        from safetensors import SafetensorError, safe_open
+
+        if not file.is_file():
+            raise ValueError(f"{file} is no file: a reference distribution is expected there; give an empty directory")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                marks = opened.metadata() or {}
+                reference = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is no safetensors file, or a truncated one ({error}): delete it, and record on the "
+                "pretrained weights again"
+            ) from error
+        if set(reference) not in ({"log_p"}, {"log_p", "tokens", "log_rest"}):
+            raise ValueError(
+                f"{file} holds {sorted(reference)} and not a reference distribution (log_p): give a directory of "
+                "its own"
+            )
+        # Files of version 0.1.0 have no marks.
+        for name, tensor in reference.items():
+            if marks.get("format") == FORMAT and fingerprint(tensor) != marks.get(f"mark.{name}"):
+                raise ValueError(
+                    f"{file} is damaged: the content of {name} has changed since it was written; delete it, and "
+                    "record on the pretrained weights again"
+                )
+        return reference

@@ -1,8 +1,10 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import nn
 
@@ -219,3 +221,41 @@ def test_argument_out_of_range_is_an_error_that_names_it(options):
 def test_another_batch_is_a_type_error_that_says_what_it_needs(batch):
     with pytest.raises(TypeError, match="mappings with an entry input_ids"):
         AgreementProbe([batch]).update(nn.Identity(), batch)
+
+
+# Files that are not what was written
+
+
+def test_reference_files_that_were_changed_are_refused_with_their_path(tmp_path: Path) -> None:
+    (file,) = _one_reference(tmp_path / "cut")
+    file.write_bytes(file.read_bytes()[:-7])
+    _refused(file, "truncated")
+    (file,) = _one_reference(tmp_path / "flipped")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    _refused(file, "damaged: the content of log_p")
+    (file,) = _one_reference(tmp_path / "foreign")
+    save_file({"weight": torch.ones(2)}, file)
+    _refused(file, r"holds \['weight'\]")
+    (file,) = _one_reference(tmp_path / "folder")
+    file.unlink()
+    file.mkdir()
+    _refused(file, "is no file")
+
+
+def test_reference_file_of_the_first_version_has_no_checksum_and_is_read(tmp_path: Path) -> None:
+    (file,) = _one_reference(tmp_path)
+    save_file(load_file(file), file)
+    recorded(AgreementProbe(batches()[:1], directory=tmp_path), Table())
+
+
+def _one_reference(directory: Path) -> list[Path]:
+    recorded(AgreementProbe(batches()[:1], directory=directory), Table())
+    return list(directory.iterdir())
+
+
+def _refused(file: Path, why: str) -> None:
+    with pytest.raises(ValueError, match=why) as error:
+        recorded(AgreementProbe(batches()[:1], directory=file.parent), Table())
+    assert str(file) in str(error.value)
