@@ -1,15 +1,17 @@
-"""A whole measurement by gradients: the task's batches and the reference through one module."""
+"""A whole measurement: the task's batches and the reference through one module."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from kappa_lightning.fingerprint import fingerprint
@@ -21,96 +23,185 @@ from kappa_lightning.sensitivity.gradients import differentiating
 from kappa_lightning.sensitivity.row import SensitivityRow
 from kappa_lightning.sensitivity.settings import SensitivitySettings
 from kappa_lightning.sensitivity.signal import signals
+from kappa_lightning.sensitivity.trial import KEPT, Trial, margins
 from kappa_lightning.weights import Weight
 
 Loss = Callable[[Any, Any], Tensor]
-Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+Tick = Callable[[int], None]
+Watch = Callable[[str, int], AbstractContextManager[Tick]]
 """A progress bar: from a description and a number of steps to a context that yields what counts them."""
+Result = tuple[list[SensitivityRow], SensitivitySettings]
 
 
-def measure(
-    module: nn.Module,
-    weights: Sequence[Weight],
-    batches: Sequence[Any],
-    loss: Loss,
-    *,
-    reference: Any = "auto",
-    optimizer: str = "adam",
-    draws: int = 1,
-    seed: int = 0,
-    to_device: Callable[[Any], Any] | None = None,
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    processes: Processes | None = None,
-    watch: Watch | None = None,
-) -> tuple[list[SensitivityRow], SensitivitySettings]:
-    """Signal and sensitivity of some weights, by gradients alone.
+@contextmanager
+def _silent(description: str, total: int) -> Iterator[Tick]:
+    yield lambda steps: None
 
-    The module is afterwards as it was, bit for bit: weights (which no step moves), gradients, buffers, modes, what else
-    its submodules keep, and all random numbers. Beyond the model and what a step of training needs for one batch, it
-    takes the memory of one gradient of the candidates.
 
-    Args:
+@dataclass
+class Measurement:
+    """What is measured, and in which circumstances.
+
+    The module is afterwards as it was, bit for bit: weights, gradients, buffers, modes, what else its submodules keep,
+    and all random numbers.
+
+    Attributes:
         module: the pretrained model, in the modes in which it will train.
         weights: the candidates; each requires a gradient.
         batches: of the new task. Several processes are given the same ones and share them.
         loss: ``loss(module, batch)``, a scalar.
         reference: see :meth:`~kappa_lightning.sensitivity.SensitivityProfile.from_model`.
-        optimizer: ``"adam"`` or ``"sgd"``.
-        draws: of labels for each batch of the reference.
         seed: of what is drawn.
-        to_device: brings a batch to the module; by default, to where its first parameter is.
+        place: brings a batch to the module; by default, to where its first parameter is.
         precision: the context of a forward pass, such as autocast.
-        processes: who shares the batches, each with the whole module; only this one if ``None``, which is right for
+        settle: called when forward passes are over.
+        processes: who shares the batches, each with the whole module; only this one by default, which is right for
             processes that must run every forward pass together, too (FSDP2).
         watch: a progress bar.
-
-    Raises:
-        TypeError: if what the model says cannot be told.
-        ValueError: if there is no batch, or a loss is no finite scalar.
     """
-    together = processes or Processes()
-    place = to_device or _mover(module)
-    show = watch or _silent
-    asked = resolve_reference(reference, module)
-    mine = slice(together.rank, None, together.world_size)
 
-    def outputs(prepared: Any, tick: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
-        for number, batch in islice(enumerate(prepared), mine.start, None, mine.step):
+    module: nn.Module
+    weights: Sequence[Weight]
+    batches: Sequence[Any]
+    loss: Loss
+    reference: Any = "auto"
+    seed: int = 0
+    place: Callable[[Any], Any] | None = None
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    settle: Callable[[], None] = lambda: None
+    processes: Processes = field(default_factory=Processes)
+    watch: Watch = _silent
+
+    def by_gradients(self, optimizer: str = "adam", draws: int = 1) -> Result:
+        """Signal and sensitivity from gradients at the start.
+
+        Beyond the model and what a step of training needs for one batch, it takes the memory of one gradient of the
+        candidates.
+
+        Args:
+            optimizer: ``"adam"`` or ``"sgd"``.
+            draws: of labels for each batch of the reference.
+
+        Raises:
+            TypeError: if what the model says cannot be told.
+            ValueError: if there is no batch, or a loss is no finite scalar.
+        """
+        asked = resolve_reference(self.reference, self.module)
+        with differentiating(self.module, self.weights):
+            with self.watch("Signal", self._share(len(self.batches))) as tick:
+                losses = (self._step(number, tick) for number in self._numbers(len(self.batches)))
+                signal = signals(self.weights, losses, optimizer, processes=self.processes)
+            with modes_restored(self.module):
+                self.module.eval()
+                prepared = self._prepare(asked)
+                total = self._share(len(prepared)) * draws if isinstance(prepared, Sized) else 0
+                with self.watch("Sensitivity", total) as tick:
+                    outputs = self._outputs(asked, prepared, tick)
+                    sensitivity, rows = sensitivities(
+                        self.weights, outputs, draws=draws, seed=self.seed, processes=self.processes
+                    )
+            self.settle()
+        settings = SensitivitySettings(optimizer, "gradient", str(asked), len(self.batches), rows, self.seed)
+        return self._rows(signal, sensitivity), settings
+
+    def by_trial(self, optimizers: Sequence[Optimizer], steps: int = 32) -> Result:
+        """Signal and sensitivity from a short training run, whose movement is taken back tensor by tensor.
+
+        It takes a copy of the candidates and what the optimizers keep of them; with a softmax, also the
+        :data:`~kappa_lightning.sensitivity.trial.KEPT` likeliest probabilities of each row of the reference.
+
+        Args:
+            optimizers: those that will train; they are as they were afterwards.
+            steps: how many, with the batches from the beginning again when they are through.
+
+        Raises:
+            TypeError: if what the model says cannot be told.
+            ValueError: if there is no batch, a loss is no finite scalar, or the optimizers' rates are too high.
+        """
+        if not self.batches:
+            raise ValueError("the train dataloader gave no batch: there is no task to try")
+        asked = resolve_reference(self.reference, self.module)
+        with differentiating(self.module, self.weights):
+            with modes_restored(self.module):
+                self.module.eval()
+                prepared = list(self._prepare(asked))
+            trial = Trial(
+                step=lambda number: self._step(number, None)(),
+                losses=self._mean_loss,
+                describe=lambda: [said.describe(KEPT) for said in self._said(asked, prepared)],
+                divergence=lambda before: self._divergence(asked, prepared, before),
+                settle=self.settle,
+            )
+            with self.watch("Trial", steps + self._share(len(self.weights))) as tick:
+                signal, sensitivity = margins(
+                    self.module, self.weights, trial, optimizers, steps=steps, processes=self.processes, tick=tick
+                )
+            rows = sum(len(said) for said in self._said(asked, prepared))
+            self.settle()
+        settings = SensitivitySettings("adam", "trial", str(asked), len(self.batches), rows, self.seed)
+        return self._rows(signal, sensitivity), settings
+
+    def _share(self, total: int) -> int:
+        return math.ceil(total / self.processes.world_size)
+
+    def _numbers(self, total: int) -> range:
+        return range(self.processes.rank, total, self.processes.world_size)
+
+    def _step(self, number: int, tick: Tick | None) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            # Dropout draws the same whichever process has the batch.
+            torch.manual_seed(self.seed * 1_000_003 + number)
+            with self.precision():
+                loss = self.loss(self.module, self._placed(self.batches[number % len(self.batches)]))
+            if tick is not None:
+                tick(1)
+            return loss
+
+        return step
+
+    def _prepare(self, asked: ReferenceInputs) -> Any:
+        written = steps_of(asked)
+        with (self.watch if written else _silent)("Generating text", written) as tick:
+            return asked.prepare(self.module, map(self._placed, self.batches), watch=tick)
+
+    def _outputs(self, asked: ReferenceInputs, prepared: Any, tick: Tick) -> Iterator[tuple[int, Callable[[], Any]]]:
+        numbered = enumerate(prepared)
+        for number, batch in islice(numbered, self.processes.rank, None, self.processes.world_size):
 
             def output(batch: Any = batch) -> Any:
-                with precision():
-                    return asked.distribution(module, place(batch))
+                tick(1)
+                with self.precision():
+                    return asked.distribution(self.module, self._placed(batch))
 
             yield number, output
-            tick(1)
 
-    def losses(tick: Callable[[int], None]) -> Iterator[Callable[[], Tensor]]:
-        for number, batch in islice(enumerate(batches), mine.start, None, mine.step):
+    def _said(self, asked: ReferenceInputs, prepared: Sequence[Any]) -> Iterator[Any]:
+        with torch.no_grad():
+            for batch in prepared:
+                with self.precision():
+                    said = asked.distribution(self.module, self._placed(batch))
+                yield said
 
-            def step(batch: Any = batch, number: int = number) -> Tensor:
-                # Dropout draws the same whichever process has the batch.
-                torch.manual_seed(seed * 1_000_003 + number)
-                with precision():
-                    return loss(module, place(batch))
+    def _divergence(self, asked: ReferenceInputs, prepared: Sequence[Any], before: Sequence[Any]) -> float:
+        total, rows = 0.0, 0
+        for said, kept in zip(self._said(asked, prepared), before, strict=True):
+            total += float(said.divergence(kept).double().sum())
+            rows += len(said)
+        return total / rows
 
-            yield step
-            tick(1)
+    def _mean_loss(self) -> float:
+        with torch.no_grad():
+            losses = [float(self._step(number, None)()) for number in range(len(self.batches))]
+        return math.fsum(losses) / len(losses)
 
-    with differentiating(module, weights):
-        with show("Signal", math.ceil(len(batches) / together.world_size)) as tick:
-            signal = signals(weights, losses(tick), optimizer, processes=together)
-        with modes_restored(module):
-            module.eval()
-            written = steps_of(asked)
-            with (show if written else _silent)("Generating text", written) as tick:
-                prepared = asked.prepare(module, map(place, batches), watch=tick)
-            total = len(prepared) * draws if isinstance(prepared, Sized) else 0
-            with show("Sensitivity", math.ceil(total / together.world_size)) as tick:
-                sensitivity, rows = sensitivities(
-                    weights, outputs(prepared, tick), draws=draws, seed=seed, processes=together
-                )
-    settings = SensitivitySettings(optimizer, "gradient", str(asked), len(batches), rows, seed)
-    return [_row(weight, signal[weight.name], sensitivity[weight.name]) for weight in weights], settings
+    def _placed(self, batch: Any) -> Any:
+        if self.place is not None:
+            return self.place(batch)
+        device = next(self.module.parameters()).device
+        return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
+
+    def _rows(self, signal: dict[str, float], sensitivity: dict[str, float]) -> list[SensitivityRow]:
+        return [_row(weight, signal[weight.name], sensitivity[weight.name]) for weight in self.weights]
 
 
 def steps_of(reference: ReferenceInputs) -> int:
@@ -127,17 +218,3 @@ def _row(weight: Weight, signal: float, sensitivity: float) -> SensitivityRow:
     dtype = str(weight.dtype).removeprefix("torch.")
     content = fingerprint(weight.read())
     return SensitivityRow(weight.name, weight.shape, signal, sensitivity, count, dtype, content)
-
-
-def _mover(module: nn.Module) -> Callable[[Any], Any]:
-    device = next(module.parameters()).device
-
-    def move(batch: Any) -> Any:
-        return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
-
-    return move
-
-
-@contextmanager
-def _silent(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda steps: None

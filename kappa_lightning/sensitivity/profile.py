@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.selection import Budget
 from kappa_lightning.sensitivity.choice import choose, learning_rates, predicted_forgetting, ranked
 from kappa_lightning.sensitivity.file import read_sensitivity_file, write_sensitivity_file
-from kappa_lightning.sensitivity.measure import measure
+from kappa_lightning.sensitivity.measure import Measurement
 from kappa_lightning.sensitivity.progress import progress_bar
 from kappa_lightning.sensitivity.row import SensitivityRow
-from kappa_lightning.sensitivity.settings import SensitivitySettings
+from kappa_lightning.sensitivity.settings import METHODS, SensitivitySettings
 from kappa_lightning.weights import Weight, find_weights, included, plain_parameters
 
 
@@ -70,10 +71,13 @@ class SensitivityProfile:
         exclude: Sequence[str] = ("@embeddings",),
         train_vectors: bool = False,
         draws: int = 1,
+        method: str = "gradient",
+        optimizers: Sequence[Optimizer] | None = None,
+        steps: int = 32,
         seed: int = 0,
         progress: bool = True,
     ) -> SensitivityProfile:
-        """Measure a model by gradients; it is left as it was, bit for bit.
+        """Measure a model, which is left as it was, bit for bit.
 
         Args:
             module: the pretrained model; its modes are those in which it will train.
@@ -85,7 +89,11 @@ class SensitivityProfile:
             include: globs and groups of what is measured.
             exclude: globs and groups of what is left out of that.
             train_vectors: whether biases, norms and other vectors are measured, too, each by itself.
-            draws: how often labels are drawn for each batch of the reference.
+            draws: how often labels are drawn for each batch of the reference, with gradients.
+            method: ``"gradient"``, or ``"trial"``: all candidates train for some steps, and each one's movement is
+                taken back in turn (:func:`~kappa_lightning.sensitivity.trial.margins`).
+            optimizers: of a trial, those that will train, with their rates; they are left as they were, too.
+            steps: of a trial.
             seed: of the labels that are drawn, and of the text that the model generates.
             progress: whether to show a progress bar on standard error.
 
@@ -113,19 +121,16 @@ class SensitivityProfile:
                 f"no tensor to measure: include={list(include)} and exclude={list(exclude)} leave none that requires a "
                 "gradient"
             )
-        watch = progress_bar if progress else None
-        rows, settings = measure(
-            module,
-            weights,
-            list(batches),
-            loss,
-            reference=reference,
-            optimizer=optimizer,
-            draws=draws,
-            seed=seed,
-            watch=watch,
-        )
-        return cls(rows, settings)
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is unknown: use one of {', '.join(map(repr, METHODS))}")
+        measurement = Measurement(module, weights, list(batches), loss, reference, seed)
+        if progress:
+            measurement.watch = progress_bar
+        if method == "gradient":
+            return cls(*measurement.by_gradients(optimizer, draws))
+        if optimizers is None:
+            raise ValueError('method="trial" trains for some steps: give optimizers=[…], those that will train')
+        return cls(*measurement.by_trial(optimizers, steps))
 
     @property
     def optimizer(self) -> str:
