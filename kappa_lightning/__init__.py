@@ -9,10 +9,18 @@ from kappa_lightning.version import __version__
 
 if TYPE_CHECKING:
     from kappa_lightning import pilot
-    from kappa_lightning.callbacks import ForgettingEval, KappaFreezeCallback, KappaMonitor, PretrainedAnchor, WalkBack
+    from kappa_lightning.callbacks import (
+        ForgettingEval,
+        KappaFreezeCallback,
+        KappaMonitor,
+        PretrainedAnchor,
+        SensitivityFreezeCallback,
+        WalkBack,
+    )
     from kappa_lightning.evaluation import evaluate_probe
     from kappa_lightning.lora import lora_targets
     from kappa_lightning.probes import AccuracyProbe, AgreementProbe, PerplexityProbe, Probe, SimilarityProbe
+    from kappa_lightning.sensitivity import SensitivityProfile
 else:
     # Lightning and torchmetrics take seconds to import, and the command and the condition numbers do without them.
     _ROOMS = {
@@ -21,12 +29,14 @@ else:
             "KappaFreezeCallback",
             "KappaMonitor",
             "PretrainedAnchor",
+            "SensitivityFreezeCallback",
             "WalkBack",
         ),
         "kappa_lightning.evaluation": ("evaluate_probe",),
         "kappa_lightning.lora": ("lora_targets",),
         "kappa_lightning.pilot": ("pilot",),
         "kappa_lightning.probes": ("AccuracyProbe", "AgreementProbe", "PerplexityProbe", "Probe", "SimilarityProbe"),
+        "kappa_lightning.sensitivity": ("SensitivityProfile",),
     }
 
     def __getattr__(name):
@@ -51,6 +61,8 @@ __all__ = [
     "PerplexityProbe",
     "PretrainedAnchor",
     "Probe",
+    "SensitivityFreezeCallback",
+    "SensitivityProfile",
     "SimilarityProbe",
     "Spectrum",
     "WalkBack",

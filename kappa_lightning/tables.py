@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kappa_lightning.profile import KappaProfile, KappaRow
-from kappa_lightning.text import printable
+from kappa_lightning.sensitivity import SensitivityProfile
+from kappa_lightning.text import counted, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,37 @@ def ranking_markdown(ranking: Sequence[KappaRow], selected: Iterable[str]) -> st
         lines.append(
             f"| {position} | {_cell(row.name)} | {shape} | {format_kappa(row.kappa)} | {row.log_volume:.1f} | {mark} |"
         )
+    return "\n".join(lines)
+
+
+def sensitivity_markdown(
+    profile: SensitivityProfile, selected: Iterable[str], rates: Mapping[str, float] | None = None
+) -> str:
+    """The ranking by b²/(c·n) as a Markdown table, the first to train first.
+
+    Args:
+        profile: the signals and sensitivities.
+        selected: the names that train.
+        rates: factors of learning rates by name, if tensors train at rates of their own.
+    """
+    chosen = set(selected)
+    names = list(profile.select()) if len(profile) else []
+    least = f"The set of least predicted forgetting has {counted(len(names), 'tensor')}."
+    header = ["rank", "tensor", "shape", "signal b", "sensitivity c", "b²/(c·n)", *([] if rates is None else ["rate"])]
+    marks = ["---:", "---", "---", "---:", "---:", "---:", *([] if rates is None else ["---:"])]
+    lines = [least, "", f"| {' | '.join([*header, 'trains'])} |", f"|{'|'.join([*marks, ':---:'])}|"]
+    for position, row in enumerate(profile.rank(), start=1):
+        cells = [
+            str(position),
+            _cell(row.name),
+            "×".join(map(str, row.shape)),
+            f"{row.signal:.3g}",
+            f"{row.sensitivity:.3g}",
+            f"{profile.value(row.name):.3g}",
+            *([] if rates is None else [f"{rates[row.name]:.3g}" if row.name in rates else ""]),
+            "yes" if row.name in chosen else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -4,6 +4,14 @@ from kappa_lightning.callbacks.anchor import PretrainedAnchor
 from kappa_lightning.callbacks.forgetting import ForgettingEval
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.monitor import KappaMonitor
+from kappa_lightning.callbacks.sensitivity import SensitivityFreezeCallback
 from kappa_lightning.callbacks.walk_back import WalkBack
 
-__all__ = ["ForgettingEval", "KappaFreezeCallback", "KappaMonitor", "PretrainedAnchor", "WalkBack"]
+__all__ = [
+    "ForgettingEval",
+    "KappaFreezeCallback",
+    "KappaMonitor",
+    "PretrainedAnchor",
+    "SensitivityFreezeCallback",
+    "WalkBack",
+]

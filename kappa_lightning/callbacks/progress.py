@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import lightning.pytorch as pl
@@ -54,3 +55,19 @@ def watching(trainer: pl.Trainer) -> Watch:
         return track(trainer, rows, total=len(weights), description="Condition numbers", unit="tensor")
 
     return watch
+
+
+@contextmanager
+def ticking(trainer: pl.Trainer, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar as :func:`track` shows it; what it yields is called with the number of steps that are done."""
+    steps = track(trainer, iter(int, 1), total=total, description=description, unit="step")
+    next(steps)
+
+    def tick(count: int = 1) -> None:
+        for _ in range(count):
+            next(steps)
+
+    try:
+        yield tick
+    finally:
+        steps.close()

@@ -52,12 +52,15 @@ class Measurement:
         loss: ``loss(module, batch)``, a scalar.
         reference: see :meth:`~kappa_lightning.sensitivity.SensitivityProfile.from_model`.
         seed: of what is drawn.
-        place: brings a batch to the module; by default, to where its first parameter is.
+        place: brings a batch of the task to the module; by default, to where its first parameter is.
+        place_reference: the same for a batch of the reference; one that is placed already stays as it is.
         precision: the context of a forward pass, such as autocast.
         settle: called when forward passes are over.
         processes: who shares the batches, each with the whole module; only this one by default, which is right for
             processes that must run every forward pass together, too (FSDP2).
         watch: a progress bar.
+        loss_scale: what the loss is multiplied with before its backward pass, so that gradients in float16 do not
+            vanish; the figures are those without.
     """
 
     module: nn.Module
@@ -67,10 +70,12 @@ class Measurement:
     reference: Any = "auto"
     seed: int = 0
     place: Callable[[Any], Any] | None = None
+    place_reference: Callable[[Any], Any] | None = None
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
     settle: Callable[[], None] = lambda: None
     processes: Processes = field(default_factory=Processes)
     watch: Watch = _silent
+    loss_scale: float = 1.0
 
     def by_gradients(self, optimizer: str = "adam", draws: int = 1) -> Result:
         """Signal and sensitivity from gradients at the start.
@@ -90,7 +95,7 @@ class Measurement:
         with differentiating(self.module, self.weights):
             with self.watch("Signal", self._share(len(self.batches))) as tick:
                 losses = (self._step(number, tick) for number in self._numbers(len(self.batches)))
-                signal = signals(self.weights, losses, optimizer, processes=self.processes)
+                signal = signals(self.weights, losses, optimizer, processes=self.processes, scale=self.loss_scale)
             with modes_restored(self.module):
                 self.module.eval()
                 prepared = self._prepare(asked)
@@ -152,7 +157,7 @@ class Measurement:
             # Dropout draws the same whichever process has the batch.
             torch.manual_seed(self.seed * 1_000_003 + number)
             with self.precision():
-                loss = self.loss(self.module, self._placed(self.batches[number % len(self.batches)]))
+                loss = self.loss(self.module, self._placed(self.batches[number % len(self.batches)], self.place))
             if tick is not None:
                 tick(1)
             return loss
@@ -162,7 +167,8 @@ class Measurement:
     def _prepare(self, asked: ReferenceInputs) -> Any:
         written = steps_of(asked)
         with (self.watch if written else _silent)("Generating text", written) as tick:
-            return asked.prepare(self.module, map(self._placed, self.batches), watch=tick)
+            task = (self._placed(batch, self.place) for batch in self.batches)
+            return asked.prepare(self.module, task, watch=tick)
 
     def _outputs(self, asked: ReferenceInputs, prepared: Any, tick: Tick) -> Iterator[tuple[int, Callable[[], Any]]]:
         numbered = enumerate(prepared)
@@ -171,7 +177,7 @@ class Measurement:
             def output(batch: Any = batch) -> Any:
                 tick(1)
                 with self.precision():
-                    return asked.distribution(self.module, self._placed(batch))
+                    return asked.distribution(self.module, self._placed(batch, self.place_reference))
 
             yield number, output
 
@@ -179,7 +185,7 @@ class Measurement:
         with torch.no_grad():
             for batch in prepared:
                 with self.precision():
-                    said = asked.distribution(self.module, self._placed(batch))
+                    said = asked.distribution(self.module, self._placed(batch, self.place_reference))
                 yield said
 
     def _divergence(self, asked: ReferenceInputs, prepared: Sequence[Any], before: Sequence[Any]) -> float:
@@ -194,9 +200,9 @@ class Measurement:
             losses = [float(self._step(number, None)()) for number in range(len(self.batches))]
         return math.fsum(losses) / len(losses)
 
-    def _placed(self, batch: Any) -> Any:
-        if self.place is not None:
-            return self.place(batch)
+    def _placed(self, batch: Any, place: Callable[[Any], Any] | None) -> Any:
+        if place is not None:
+            return place(batch)
         device = next(self.module.parameters()).device
         return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.selection import Budget
-from kappa_lightning.sensitivity.choice import choose, learning_rates, predicted_forgetting, ranked
+from kappa_lightning.sensitivity.choice import choose, learning_rates, predicted_forgetting, ranked, value
 from kappa_lightning.sensitivity.file import read_sensitivity_file, write_sensitivity_file
 from kappa_lightning.sensitivity.measure import Measurement
 from kappa_lightning.sensitivity.progress import progress_bar
@@ -166,6 +166,10 @@ class SensitivityProfile:
     def select_within(self, budget: Budget | None) -> list[str]:
         """:meth:`select` under a budget that is made already."""
         return choose(list(self), budget, self.optimizer)
+
+    def value(self, name: str) -> float:
+        """b²/(c·n) of a tensor: how little each of its parameters forgets for what it learns."""
+        return value(self._rows[name], self.optimizer)
 
     def rank(self) -> list[SensitivityRow]:
         """The rows by falling b²/(c·n)."""

@@ -54,6 +54,7 @@ def signals(
     optimizer: str = "adam",
     *,
     processes: Processes | None = None,
+    scale: float = 1.0,
 ) -> dict[str, float]:
     """The signal b of each candidate, from the mean gradient ḡ of the new task's loss over some batches.
 
@@ -68,6 +69,7 @@ def signals(
         losses: a function for each batch (of this process) that returns its loss, a scalar.
         optimizer: a key of :data:`OPTIMIZERS`.
         processes: who has a share of the batches; only this one if ``None``.
+        scale: what a loss is multiplied with before its backward pass; b is that of the loss without.
 
     Returns:
         b by name, in units of the loss per unit of weight (Adam) or per its square (SGD); 0 for what has no gradient.
@@ -92,23 +94,23 @@ def signals(
     count = 0
     with together.failing_together():
         for loss in losses:
-            backward(loss())
+            backward(loss(), scale)
             count += 1
     total = sum(together.gather(count))
     if total == 0:
         raise ValueError("the train dataloader gave no batch: there is no task to measure a signal of")
     add_up(weights, together)
     if optimizer == "adam":
-        found = {weight.name: sum_of_magnitudes(entries(weight)) / total for weight in weights}
+        found = {weight.name: sum_of_magnitudes(entries(weight)) / (total * scale) for weight in weights}
     else:
-        found = {weight.name: sum_of_squares(entries(weight)) / total**2 for weight in weights}
+        found = {weight.name: sum_of_squares(entries(weight)) / (total * scale) ** 2 for weight in weights}
     clear(weights)
     require_finite(found, "signal")
     return found
 
 
-def backward(loss: Tensor) -> None:
-    """A backward pass from a finite scalar.
+def backward(loss: Tensor, scale: float = 1.0) -> None:
+    """A backward pass from a finite scalar, multiplied with a scale.
 
     Raises:
         ValueError: if it is none, or no parameter takes part in it.
@@ -120,4 +122,4 @@ def backward(loss: Tensor) -> None:
         raise ValueError(f"the loss is {loss.item()}, so it has no gradient to choose by")
     if not loss.requires_grad:
         raise ValueError("the loss has no gradient: no parameter that requires one takes part in it")
-    loss.backward()  # type: ignore[no-untyped-call]
+    (loss * scale).backward()  # type: ignore[no-untyped-call]
