@@ -27,8 +27,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-import kappa_lightning.callbacks as known_callbacks
-from kappa_lightning.callbacks import KappaFreezeCallback
+from kappa_lightning.callbacks import KappaFreezeCallback, PretrainedAnchor, SensitivityFreezeCallback, WalkBack
 from kappa_lightning.pilot.adapters import LoraAdapters
 from kappa_lightning.pilot.rates import RateFactor
 from kappa_lightning.pilot.train_only import TrainOnly
@@ -169,10 +168,9 @@ def make_callback(spec: Mapping[str, Any]) -> Callback:
     Raises:
         ValueError: if the class is none that a candidate gives.
     """
-    kinds = [RateFactor, TrainOnly, LoraAdapters, KappaFreezeCallback]
-    later = [getattr(known_callbacks, name, None) for name in ("SensitivityFreezeCallback", "PretrainedAnchor")]
-    for kind in (*kinds, *later):
-        if kind is not None and CallbackSpec(kind).to_dict()["class_path"] == spec["class_path"]:
+    own = (RateFactor, TrainOnly, LoraAdapters)
+    for kind in (*own, KappaFreezeCallback, SensitivityFreezeCallback, PretrainedAnchor, WalkBack):
+        if CallbackSpec(kind).to_dict()["class_path"] == spec["class_path"]:
             made: Callback = kind(**spec["init_args"])
             return made
     raise ValueError(f"{spec['class_path']} is no callback of a candidate")
@@ -190,12 +188,12 @@ def _base(base: str, name: str, always_train: tuple[str, ...], exclude: tuple[st
         return _lora(lora, name, always_train, exclude, seed)
     common: dict[str, Any] = {"always_train": always_train, "seed": seed} | ({"exclude": exclude} if exclude else {})
     if base == "sensitivity rates":
-        return _later("SensitivityFreezeCallback", name, {"rates": True, **common})
+        return lambda module: [CallbackSpec(SensitivityFreezeCallback, {"rates": True, **common})]
     found = _BUDGET.fullmatch(base)
     what, budget = (found["what"], _number(found["budget"])) if found else (base, None)
     if what == "sensitivity":
         limit = {} if budget is None else {"max_params": budget}
-        return _later("SensitivityFreezeCallback", name, {**limit, **common})
+        return lambda module: [CallbackSpec(SensitivityFreezeCallback, {**limit, **common})]
     if not _known(what):
         raise ValueError(_unknown(name))
     if budget is None:
@@ -212,16 +210,8 @@ def _addition(addition: str, name: str) -> Specs:
     if anchor is None:
         hint = "walking back is read off every run" if addition.startswith("walk") else "use '+ anchor'"
         raise ValueError(f"candidates: {name!r}: {addition!r} is unknown behind a plus: {hint}")
-    return _later(
-        "PretrainedAnchor", name, {} if anchor["strength"] is None else {"strength": float(anchor["strength"])}
-    )
-
-
-def _later(kind: str, name: str, options: Mapping[str, Any]) -> Specs:
-    found = getattr(known_callbacks, kind, None)
-    if found is None:
-        raise ValueError(f"candidates: {name!r} needs {kind}, which this version of kappa_lightning does not have")
-    return lambda module: [CallbackSpec(found, options)]
+    options = {} if anchor["strength"] is None else {"strength": float(anchor["strength"])}
+    return lambda module: [CallbackSpec(PretrainedAnchor, options)]
 
 
 def _lora(found: re.Match[str], name: str, always_train: tuple[str, ...], exclude: tuple[str, ...], seed: int) -> Specs:

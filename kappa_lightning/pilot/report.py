@@ -173,7 +173,7 @@ def callbacks_yaml(entry: Entry) -> str:
     """The callbacks of an entry as the ``trainer.callbacks`` of a LightningCLI configuration."""
     head = [f"# {entry.label}: {shown(entry.retention)} kept, {entry.trainable:,} parameters train"]
     if entry.walked:
-        head.append(f"# after the fit keep {entry.share:.3g} of the movement from the pretrained weights")
+        head.append(f"# a ForgettingEval beside it gives the probes; {entry.share:.3g} of the movement was kept")
     if entry.init is None:
         return "\n".join([*head, f"# {entry.name!r} is a function of yours: call it for its callbacks", ""])
     lines = [*head, "trainer:", "  callbacks:"]

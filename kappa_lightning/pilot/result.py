@@ -47,8 +47,8 @@ class Recommendation:
     def callbacks(self, module: Any = None) -> list[Callback]:
         """New callbacks for a Trainer: the factor on the learning rates first, then the candidate's.
 
-        An entry that was walked back trains like the one along its runs; after the fit, keep ``entry.share`` of the
-        movement.
+        An entry that was walked back has a :class:`~kappa_lightning.WalkBack` behind them, which takes the probes of
+        the Trainer's ``ForgettingEval``.
 
         Args:
             module: only a function of the user's looks at it.

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 
+from kappa_lightning.callbacks import WalkBack
 from kappa_lightning.fingerprint import hash_of_text
 from kappa_lightning.pilot.adaptation import factor_of, lowest_loss
 from kappa_lightning.pilot.candidates import Build, CallbackSpec, Candidate, candidate, candidates_of
@@ -27,8 +28,15 @@ from kappa_lightning.pilot.trial import OWN, Data, Run, Setup, made_by
 from kappa_lightning.probes import Probe
 
 DEFAULT_CANDIDATES = (
-    "full", "kappa 0.25", "reversed:kappa 0.25", "random 0.25", "last_layers 0.25", "lora r16",
-)  # fmt: skip
+    "full",
+    "kappa 0.25",
+    "reversed:kappa 0.25",
+    "sensitivity",
+    "sensitivity 0.25",
+    "random 0.25",
+    "last_layers 0.25",
+    "lora r16",
+)
 
 Asked = Sequence[str | Candidate | Build] | Mapping[str, str | Build]
 
@@ -132,7 +140,7 @@ def pilot(
         say.begin()
         course = race(execute, [one.name for one in found], rules)
     result = PilotResult(
-        entries=_entries(course, [one.name for one in found], inits, min_retention),
+        entries=_entries(course, [one.name for one in found], inits, min_retention, monitor),
         level=course.level,
         start_loss=next(iter(execute.made.values())).path[0].loss,
         min_retention=min_retention,
@@ -147,7 +155,9 @@ def pilot(
     return result
 
 
-def _entries(course: Course, names: Sequence[str], inits: Mapping[str, Any], min_retention: float) -> tuple[Entry, ...]:
+def _entries(
+    course: Course, names: Sequence[str], inits: Mapping[str, Any], min_retention: float, monitor: str
+) -> tuple[Entry, ...]:
     readings: dict[tuple[str, bool], Readings] = {}
     for name, outcomes in course.confirmed.items():
         readings[name, False] = {seed: outcome.along for seed, outcome in outcomes.items()}
@@ -195,7 +205,7 @@ def _entries(course: Course, names: Sequence[str], inits: Mapping[str, Any], min
                     p=math.nan if verdict is None else verdict.p,
                     in_set=verdict is not None and verdict.in_set,
                     keeps=retention.count > 0 and retention.mean >= min_retention,
-                    init=_with_factor(inits[name], course, name),
+                    init=_with_factor(inits[name], course, name, walked, monitor),
                 )
             )
     order = {"confirmed": 0, "raced": 1, "searched": 2, "not arrived": 3}
@@ -217,12 +227,15 @@ def _median_step(course: Course, name: str, step: int) -> int:
     return steps[len(steps) // 2] if steps else step
 
 
-def _with_factor(init: Sequence[Mapping[str, Any]] | None, course: Course, name: str) -> list[Mapping[str, Any]] | None:
+def _with_factor(
+    init: Sequence[Mapping[str, Any]] | None, course: Course, name: str, walked: bool, monitor: str
+) -> list[Mapping[str, Any]] | None:
     step = course.rates.get(name)
     if init is None or step is None:
         return None if init is None else list(init)
     factor = CallbackSpec(RateFactor, {"factor": factor_of(_median_step(course, name, step))}).to_dict()
-    return [factor, *init]
+    back = CallbackSpec(WalkBack, {"monitor": monitor, "monitor_limit": course.level}).to_dict()
+    return [factor, *init, *([back] if walked else [])]
 
 
 def _init(one: Candidate, module: pl.LightningModule) -> list[dict[str, Any]] | None:

@@ -98,6 +98,26 @@ class Images(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 
+class NumberData(pl.LightningDataModule):
+    """The same from a data module."""
+
+    def train_dataloader(self):
+        return number_loaders()[0]
+
+    def val_dataloader(self):
+        return number_loaders()[1]
+
+
+class NumberProbe(AccuracyProbe):
+    """What :class:`Plain` answers before any training, from plain values."""
+
+    def __init__(self, samples: int = 96) -> None:
+        x = numbers(1).tensors[0][:samples]
+        with torch.no_grad():
+            answers = Plain()(x).argmax(-1)
+        super().__init__(DataLoader(TensorDataset(x, answers), 16))
+
+
 class ImageData(pl.LightningDataModule):
     """Images whose class is the brightest quarter."""
 
