@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from typing import TextIO
 
 import shtab
 import torch
@@ -45,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: Namespace) -> int:
     command: Command = args.command
     try:
-        return command.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return command.run(args)
     except BrokenPipeError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -61,6 +65,17 @@ def _run(args: Namespace) -> int:
         hint = "; the same command goes on from there" if command.resumes(args) else ""
         print(f"{PROGRAM}: interrupted{hint}", file=sys.stderr)
         return 130
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"{PROGRAM}: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _fail(reason: str) -> int:

@@ -20,7 +20,7 @@ def fused_experts(row_names: Iterable[str], parameter_names: Iterable[str]) -> s
         >>> fused_experts(["mlp.experts.0.up_proj.weight"], ["mlp.experts.0.up_proj.weight"]) is None
         True
         >>> fused_experts(["mlp.experts.0.up_proj.weight"], ["mlp.experts.gate_up_proj"]).partition(":")[2]
-        ' their condition numbers differ, so use KappaProfile.from_model'
+        ' their condition numbers differ, so use KappaProfile.from_model, or scan it with its config.json beside it'
     """
     separate = next((name for name in row_names if _SEPARATE.search(name)), None)
     fused = next((name for name in parameter_names if _FUSED.search(name)), None)
@@ -28,7 +28,8 @@ def fused_experts(row_names: Iterable[str], parameter_names: Iterable[str]) -> s
         return None
     return (
         f"the profile has the experts of a checkpoint one by one ({separate}), and this model has them fused "
-        f"({fused}): their condition numbers differ, so use KappaProfile.from_model"
+        f"({fused}): their condition numbers differ, so use KappaProfile.from_model, or scan it with its config.json "
+        "beside it"
     )
 
 

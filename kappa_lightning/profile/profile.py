@@ -157,15 +157,18 @@ class KappaProfile:
         """Decompose the matrices of a checkpoint, read from disk tensor by tensor.
 
         In memory is at most one tensor more than there are threads, within the memory budget, and only one
-        where more do not fit. A checkpoint does not tell a buffer from a weight: one of floats in two or more
-        dimensions, such as a cache of positions or a mask, has a row, which counts in a budget unless ``exclude`` names
-        it and which :meth:`check` passes over. transformers 5 stores the experts of a MoE layer one by one and fuses
-        them when it loads them, so their rows are not those of the model, and :meth:`check` says so; for such a model
-        use :meth:`from_model`.
+        where more do not fit. Where a ``config.json`` of transformers lies beside the checkpoint, the rows are those of
+        the model that transformers makes of it, with its names and layers, fused experts included.
+
+        Elsewhere names and shapes must tell what a layer is, a warning says what was assumed, and :meth:`check` refuses
+        a row whose layer uses the tensor in another way. Nor does a checkpoint alone tell a buffer from a weight: one
+        of floats in two or more dimensions, such as a mask, has a row, which counts in a budget unless ``exclude``
+        names it and which :meth:`check` passes over.
 
         Args:
-            path: a ``.safetensors`` file, a folder with one or with an index and its shards, a Lightning ``.ckpt`` or
-                another ``state_dict`` file (read without running code), or a hub id that is in the local cache.
+            path: a ``.safetensors`` file, a Lightning ``.ckpt`` or another file of ``torch.save`` with a state dict
+                (read without running code), a folder with one of these or with an index and its shards, or a hub id
+                that is in the local cache; see :func:`kappa_lightning.weights.checkpoint_weights`.
             include: as in :meth:`from_model`, over the names in the checkpoint.
             exclude: as in :meth:`from_model`.
             device: where to compute, by default the CPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,9 +60,13 @@ class Recipes:
                 return self._once(layer, hook.name, partial(self._spectral_norm, layer, hook))
             if isinstance(hook, BasePruningMethod) and attribute == f"{hook._tensor_name}_orig":
                 return self._once(layer, hook._tensor_name, partial(self._pruned, layer, hook))
-        standardize = _STANDARDIZED.get(type(layer).__name__) if attribute == "weight" else None
-        if standardize is not None:
-            return self._once(layer, attribute, partial(self._standardized, layer, standardize))
+        if attribute == "weight":
+            standardize = _STANDARDIZED.get(type(layer).__name__)
+            if standardize is not None:
+                return self._once(layer, attribute, partial(self._standardized, layer, standardize))
+            for name in ("weight_fake_quant", "weight_fake_quantizer"):  # of torch.ao and of torchao
+                if isinstance(getattr(layer, name, None), nn.Module):
+                    return self._once(layer, attribute, partial(self._fake_quantized, layer, name))
         return None
 
     def _once(self, layer: nn.Module, attribute: str, make: Callable[[], Recipe]) -> Recipe:
@@ -115,6 +120,14 @@ class Recipes:
         # timm's scaled kind has a gain for each channel, too.
         gain = ("gain",) if isinstance(getattr(layer, "gain", None), nn.Parameter) else ()
         return self._from(layer, "weight", ("weight", *gain), read)
+
+    def _fake_quantized(self, layer: nn.Module, name: str) -> Recipe:
+        def read() -> Tensor:
+            # By a copy, since a forward pass moves the ranges that it has seen.
+            with torch.no_grad():
+                return copy.deepcopy(getattr(layer, name))(layer.weight).detach()  # type: ignore[no-any-return]
+
+        return self._from(layer, "weight", ("weight",), read)
 
     def _from(self, layer: nn.Module, attribute: str, held: tuple[str, ...], read: Callable[[], Tensor]) -> Recipe:
         parameters = [getattr(layer, name) for name in held]

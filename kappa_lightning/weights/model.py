@@ -21,8 +21,9 @@ def find_weights(module: nn.Module) -> list[Weight]:
     """All matrices of a module, tied ones once under their first name, in the order of ``named_parameters()``.
 
     A weight that its layer makes from parameters (``torch.nn.utils.parametrize``, weight or spectral normalization,
-    pruning, standardized convolutions) is read as the layer uses it, under the name of the largest of them. One that is
-    sharded over processes is read whole, which they must do together. A layer without entries has no matrix.
+    pruning, standardized convolutions, training for quantization) is read as the layer uses it, under the name of the
+    largest of them. One that is sharded over processes is read whole, which they must do together. A layer without
+    entries has no matrix.
 
     Args:
         module: any module; a parameter counts whether or not it requires a gradient.

@@ -81,7 +81,9 @@ class Weight:
 
     @property
     def stack_shape(self) -> tuple[int, int, int]:
-        """(count, rows, cols) of :meth:`matrices`, without reading the weight."""
+        """(count, rows, cols) of :meth:`matrices`, without reading the weight; a ValueError if it has no shape yet."""
+        if not self.shape:
+            return tuple(self.matrices().shape)  # type: ignore[return-value] # a lazy layer's, which says what to do
         count, rows, cols = self.view(torch.empty(self.shape, device="meta")).shape
         return count, rows, cols
 

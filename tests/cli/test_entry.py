@@ -174,3 +174,12 @@ def test_closed_streams_are_no_error_and_get_into_no_file(checkpoint, tmp_path):
         (tmp_path / "kappa.json").unlink()
     failed = shell("SCAN --top-p 2 2>&-", checkpoint)
     assert (failed.returncode, failed.stdout) == (1, b"")
+
+
+def test_warning_of_a_scan_is_one_line_without_python_and_its_names_are_escaped(tmp_path, capsys):
+    torch.save({"up\x1b[2J.weight": torch.randn(3, 4, 5)}, tmp_path / "w.pt")
+    assert main(["scan", str(tmp_path / "w.pt")]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
+    assert line.startswith("kappa-lightning: warning: ")
+    assert "no config.json beside it" in line
+    assert "up\\x1b[2J.weight" in line

@@ -208,6 +208,16 @@ def test_checkpoint_whose_layers_leave_no_doubt_warns_of_nothing(tmp_path, recwa
     assert not [warning for warning in recwarn if warning.category is UserWarning]
 
 
+@pytest.mark.parametrize("prefix", ["module.", "net."])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_prefix_of_a_wrapper_does_not_keep_the_config_from_being_used(prefix, tmp_path):
+    model = make("MixtralForCausalLM")
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({f"{prefix}{name}": tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    scan(tmp_path).check(model)
+
+
 def test_groups_choose_among_the_loaded_names(tmp_path):
     make("MixtralForCausalLM").save_pretrained(tmp_path)
     names = set(rows_of(scan(tmp_path, include=["@experts"])))

@@ -109,6 +109,17 @@ def test_standardized_convolution_is_read_as_its_forward_standardizes_it():
     torch.testing.assert_close(weight.matrices()[0], rows_out(layer, 3), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_layer_that_trains_for_quantization_is_read_rounded_and_its_ranges_do_not_move():
+    qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    layer = torch.ao.nn.qat.Linear(6, 4, bias=False, qconfig=qconfig)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    found = only(layer).matrices()[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    assert not torch.equal(found, layer.weight)
+    torch.testing.assert_close(found, rows_out(layer, 6))
+
+
 class LowRank(nn.Module):
     """LoRA: W + s·B A, the base frozen."""
 

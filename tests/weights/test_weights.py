@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
+from kappa_lightning import KappaProfile
 from kappa_lightning.weights import find_weights, match_names, tied_names
 
 
@@ -241,6 +242,13 @@ def test_lazy_layer_error_names_the_tensor(layer):
     net = nn.ModuleDict({"first": layer})
     with pytest.raises(ValueError, match=r"first\.weight.*lazy"):
         only(net).matrices()
+
+
+def test_profile_of_a_lazy_layer_says_what_to_do_and_passes_over_it_if_it_is_excluded():
+    net = nn.ModuleDict({"first": nn.LazyLinear(4), "second": nn.Linear(3, 3)})
+    with pytest.raises(ValueError, match=r"first\.weight belongs to a lazy layer.*run a batch"):
+        KappaProfile.from_model(net, progress=False)
+    assert [row.name for row in KappaProfile.from_model(net, progress=False, exclude=["first.*"])] == ["second.weight"]
 
 
 def test_lazy_layer_is_an_ordinary_one_after_its_first_batch():

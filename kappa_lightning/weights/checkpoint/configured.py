@@ -42,6 +42,10 @@ def configured_weights(folder: Path, tensors: Mapping[str, Stored]) -> list[Weig
     """
     model = _build(folder, len(tensors))
     loaded = _Loaded(model, tensors)
+    shared = {f"{name.split('.')[0]}." for name in tensors}
+    if not len(loaded) and len(shared) == 1:  # module. of DataParallel, net. of a LightningModule
+        bare = {name.removeprefix(*shared): tensor for name, tensor in tensors.items()}
+        loaded = _Loaded(model, bare)
     aliases: dict[str, list[str]] = {}
     for alias, first in tied_names(model).items():
         aliases.setdefault(first, []).append(alias)
@@ -157,6 +161,9 @@ class _Loaded:
         for key, conversion in conversions.items():
             for name, (shape, dtype) in self._described(key, conversion).items():
                 self._held[name] = (key, conversion, shape, dtype)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
     def __contains__(self, name: str) -> bool:
         return name in self._held
