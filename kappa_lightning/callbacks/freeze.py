@@ -63,10 +63,16 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
         rtol: see :func:`kappa_lightning.spectrum`.
         profile: a :class:`~kappa_lightning.KappaProfile` of the model's weights, or the path of its file, which is
             computed and written if there is none.
-        experts: how the κ of fused experts combine into the tensor's: ``"mean"``, ``"median"`` or ``"max"``.
+        experts: how the κ of fused experts combine into the tensor's: ``"mean"``, ``"median"`` or ``"max"``; with
+            ``"each"`` every expert is a candidate of its own, ``<tensor>[<expert>]``, and budgets count experts. The
+            others of its tensor stay as they are to the last bit, and have no gradient and no optimizer state.
         within: ``"all"``, ``"shape"`` or ``"role"``: candidates of one shape, or whose names differ only in numbers,
             are ranked among themselves, and every group keeps its share.
         seed: of the criterion ``"random"``.
+        gate_up: with ``experts="each"``, whether gate and up of a fused ``gate_up_proj`` are one candidate
+            (``"together"``) or two (``"apart"``).
+        heads: with ``"each"``, every attention head of a projection is a candidate of its own,
+            ``<tensor>[head <number>]``.
 
     Attributes:
         profile: the :class:`~kappa_lightning.KappaProfile` of the candidates, after fit start.
@@ -112,13 +118,15 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
         experts: str = "mean",
         within: str = "all",
         seed: int = 0,
+        gate_up: str = "together",
+        heads: str = "whole",
     ) -> None:
         super().__init__(include=include, exclude=exclude, always_train=always_train, train_vectors=train_vectors)
         if all(limit is None for limit in (top_p, num_tensors, max_kappa, max_params)):
             top_p = DEFAULT_TOP_P
         self.budget = Budget(top_p=top_p, num_tensors=num_tensors, max_kappa=max_kappa, max_params=max_params)
         self.criterion, self.within, self.seed = check_ranking(criterion, within, seed)
-        self.settings = ProfileSettings(str(solver), rtol, str(experts))
+        self.settings = ProfileSettings(str(solver), rtol, str(experts), gate_up=str(gate_up), heads=str(heads))
         self.profile = profile if isinstance(profile, KappaProfile) else None
         self.profile_path = None if profile is None or isinstance(profile, KappaProfile) else Path(profile)
         self._given_profile = self.profile
@@ -146,6 +154,7 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
         candidates: Sequence[Weight],
         processes: Processes,
     ) -> Choice[KappaProfile]:
+        candidates = self.settings.split(candidates, module)
         profile = self._profile(trainer, module, candidates, processes)
         selected = select(list(profile), self.budget, self.criterion, within=self.within, seed=self.seed)
         dead = [row.name for row in profile if row.frobenius_norm == 0 and row.name not in selected]
@@ -154,7 +163,8 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
                 f"{len(dead)} candidate(s) are all zero, so their κ is infinite and they stay frozen, {dead[0]} first. "
                 "If they are new, such as the B of a LoRA adapter, name them in always_train"
             )
-        return Choice(selected, profile)
+        parts = {weight.name: weight.part for weight in candidates if weight.part is not None}
+        return Choice(selected, profile, parts=parts)
 
     @override
     def profile_from_dict(self, state: dict[str, Any]) -> KappaProfile:
@@ -168,6 +178,8 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
             "within": self.within,
             "seed": self.seed,
             "experts": self.experts,
+            "gate_up": self.settings.gate_up,
+            "heads": self.settings.heads,
         }
 
     @property

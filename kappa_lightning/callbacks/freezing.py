@@ -17,7 +17,7 @@ from kappa_lightning.arguments import as_globs, describe
 from kappa_lightning.callbacks.frozen import Freeze, frozen_earlier, thawed
 from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.plan import AnyProfile, Choice, Plan
-from kappa_lightning.callbacks.planner import Patterns, find_candidates, plan_of_state
+from kappa_lightning.callbacks.planner import Patterns, find_candidates, plan_of_state, require_no_averages
 from kappa_lightning.callbacks.reporting import log_text
 from kappa_lightning.callbacks.resume import Runs, Start
 from kappa_lightning.callbacks.trainer import callbacks_of, saves_on_exception
@@ -191,12 +191,14 @@ class FreezeCallback(Callback, Generic[AnyProfile]):
             if start is Start.RESUMED:
                 saved = (self._runs.state or {}).get("optimizer_numbering", "optimizer")
                 adapter.require_numbering(trainer, saved, set(parameters) - plan.dropped)
+            require_no_averages(trainer, plan)
             self._freeze = Freeze(trainer, pl_module, adapter, plan, self)
         if earlier and start in (Start.FRESH, Start.AGAIN) and not self._runs.is_of(pl_module):
             rank_zero_info(
                 f"{type(self).__name__}: an earlier freeze callback had frozen {len(earlier)} parameter(s) of this "
                 "module, which count as trainable again"
             )
+        parameters = plain_parameters(pl_module)  # with those of parts that train
         self._plan, self._names, self._released = plan, list(parameters), False
         self.profile, self.selected_names, self.rates = plan.profile, plan.selected, plan.rates
         self.trained_names = [name for name in parameters if name in plan.trained | plan.thawed]
@@ -353,10 +355,13 @@ class FreezeCallback(Callback, Generic[AnyProfile]):
     def _decided(self, plan: Plan[AnyProfile], released: bool) -> dict[str, Any]:
         """What a plan decided, as plain values; once released, everything that it took out trains."""
         trained = plan.trained | plan.dropped if released else plan.trained
+        if released:
+            trained = trained - {part.name for part in plan.parts}
         return {
             "trained_names": [name for name in self._names if name in trained],
             "selected_names": list(plan.selected),
             "dropped_names": [] if released else [name for name in self._names if name in plan.dropped],
+            "parts": [] if released else [part.to_dict() for part in plan.parts],
             "rates": None if released or plan.rates is None else dict(plan.rates),
         }
 

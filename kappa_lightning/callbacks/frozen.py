@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kappa_lightning.callbacks.plan import AnyProfile, Plan
-from kappa_lightning.strategies import StrategyAdapter, scale_rates
+from kappa_lightning.parts import PartialTraining, train_parts
+from kappa_lightning.strategies import StrategyAdapter, add_beside, scale_rates
 from kappa_lightning.weights import plain_parameters
 
 # Which callback froze a parameter that is frozen, so that a freeze of ours is never taken for the user's.
@@ -68,6 +69,9 @@ class Freeze:
         self._adapter = adapter
         self._undo_optimizers: Callable[[], None] = _nothing
         self._undo_rates: Callable[[], None] = _nothing
+        self._undo_parts: Callable[[], None] = _nothing
+        self._partial: PartialTraining | None = None
+        self._divided = [parameters[part.parameter] for part in plan.parts]
         self._thawed = [parameters[name] for name in plan.thawed if not parameters[name].requires_grad]
         frozen = [parameters[name] for name in parameters if name in plan.frozen and name not in plan.thawed]
         self._frozen = [parameter for parameter in frozen if parameter.requires_grad]
@@ -75,6 +79,11 @@ class Freeze:
         dropped = [parameters[name] for name in parameters if name in plan.dropped]
         adapter.require_steps(trainer, dropped)
         try:
+            if plan.parts:
+                self._partial = train_parts(module, plan.parts)
+                trained = self._partial.parameters
+                beside = [(parameters[part.parameter], part.name, trained[part.name]) for part in plan.parts]
+                self._undo_parts = add_beside(trainer.optimizers, beside)
             self._undo_optimizers = adapter.drop_from_optimizers(trainer, dropped)
             if plan.rates is not None:
                 factors = {parameters[name]: rate for name, rate in plan.rates.items() if name in plan.trained}
@@ -98,7 +107,8 @@ class Freeze:
         self._gradients = []
 
     def thaw(self) -> None:
-        """Give ``requires_grad`` back, to what no other callback has frozen since."""
+        """Give ``requires_grad`` back, to what no other callback has frozen since; parts are one with their wholes."""
+        self._rejoin()
         for parameter in self._frozen:
             if _FROZEN_BY.get(parameter) is self._owner:
                 parameter.requires_grad = True
@@ -110,6 +120,7 @@ class Freeze:
         self.thaw()
         self._undo_rates()
         self._undo_optimizers()
+        self._undo_parts()
 
     def rewrap(self) -> None:
         """Let what wraps the module know, while there is such."""
@@ -118,8 +129,16 @@ class Freeze:
             self._adapter.requires_grad_changed(trainer)
 
     def fit_ended(self) -> None:
-        """What wrapped the module is gone."""
+        """What wrapped the module is gone; parameters of which parts trained are whole again, and frozen."""
         self._trainer = None
+        self._rejoin()
+
+    def _rejoin(self) -> None:
+        if self._partial is not None:
+            self._partial.undo()
+            self._partial = None
+            for parameter in self._divided:
+                parameter.requires_grad = False
 
 
 def _nothing() -> None:

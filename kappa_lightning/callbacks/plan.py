@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -13,6 +14,7 @@ from kappa_lightning.processes import Processes
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.tables import Group
 from kappa_lightning.weights import find_weights, plain_parameters
+from kappa_lightning.weights.part import Part, split_name
 
 
 class Row(Protocol):
@@ -49,11 +51,13 @@ class Choice(Generic[AnyProfile]):
         profile: of all candidates.
         rates: for a candidate's name the factor of its learning rate; 1 for every tensor that is not named. ``None``
             leaves the optimizers' rates alone.
+        parts: of those names that are of a part of a parameter (an expert, a head), the part.
     """
 
     selected: list[str]
     profile: AnyProfile
     rates: Mapping[str, float] | None = None
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class Plan(Generic[AnyProfile]):
         profile: of the candidates.
         thawed: names of what another callback had thawed in the run that is resumed.
         rates: factors of learning rates by name; see :class:`Choice`.
+        parts: what trains of parameters that are frozen otherwise; their names are in ``trained``, too.
     """
 
     trained: set[str]
@@ -77,6 +82,7 @@ class Plan(Generic[AnyProfile]):
     profile: AnyProfile
     thawed: set[str] = field(default_factory=set)
     rates: dict[str, float] | None = None
+    parts: tuple[Part, ...] = ()
 
     def require_same(self, processes: Processes) -> None:
         """Make sure that all processes train the same tensors; they would wait for each other's gradients for ever.
@@ -109,14 +115,19 @@ class Plan(Generic[AnyProfile]):
         parameters = plain_parameters(module)
         # A lazy layer's parameter has no size yet.
         sizes = {name: 0 if isinstance(p, UninitializedParameter) else p.numel() for name, p in parameters.items()}
-        made_of = {weight.name: (weight.name, *weight.companions) for weight in find_weights(module)}
+        # A part is a candidate in the place of its whole.
+        sizes |= {row.name: math.prod(row.shape) for row in self.profile if row.name not in sizes}
+        rows = {row.name for row in self.profile}
+        divided = {split_name(name)[0] for name in rows} - rows
+        made_of: dict[str, tuple[str, ...]] = {name: (name,) for name in rows}
+        made_of |= {weight.name: (weight.name, *weight.companions) for weight in find_weights(module)}
         matrices = {name for names in made_of.values() for name in names}
         kappas = self.profile if isinstance(self.profile, KappaProfile) else None
         chosen = set(self.selected)
         selected = {name for candidate in chosen for name in made_of[candidate]}
         passed = {name for row in self.profile if row.name not in chosen for name in made_of[row.name]}
         rest = [name for name in parameters if name in self.trained and name not in selected]
-        frozen = [name for name in parameters if name in self.frozen and name not in passed]
+        frozen = [name for name in parameters if name in self.frozen and name not in passed | divided]
         return [
             Group.of(f"trains: selected by {label}", selected, sizes, kappas),
             Group.of("trains: always_train", [n for n in rest if not train_vectors or n in matrices], sizes),

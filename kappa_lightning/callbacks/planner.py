@@ -6,12 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from kappa_lightning.callbacks.plan import AnyProfile, Choice, Plan
+from kappa_lightning.callbacks.trainer import callbacks_of
 from kappa_lightning.weights import Weight, find_weights, included, match_parameters, plain_parameters
+from kappa_lightning.weights.part import Part, split_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +73,17 @@ class Candidates:
         Raises:
             ValueError: if no optimizer has a tensor that is to train.
         """
-        made_of = {name for chosen in choice.selected for name in self.companions[chosen]}
-        trained = {*choice.selected, *self.always, *made_of} & self.trainable
-        require_optimized(trained, self.optimized)
+        parts = tuple(choice.parts[name] for name in choice.selected if name in choice.parts)
+        whole = [name for name in choice.selected if name not in choice.parts]
+        made_of = {name for chosen in whole for name in self.companions[chosen]}
+        trained = {*whole, *self.always, *made_of} & self.trainable
+        require_optimized(trained | {part.parameter for part in parts}, self.optimized)
         trained |= self.vectors & self.trainable & self.optimized
         frozen = self.scope - trained
         rates = None if choice.rates is None else {name: float(rate) for name, rate in choice.rates.items()}
         dropped = frozen & self.trainable & self.optimized
-        return Plan(trained, frozen, dropped, list(choice.selected), choice.profile, rates=rates)
+        trained |= {part.name for part in parts}
+        return Plan(trained, frozen, dropped, list(choice.selected), choice.profile, rates=rates, parts=parts)
 
 
 def find_candidates(
@@ -151,27 +158,53 @@ def plan_of_state(
         ValueError: if the earlier run was of another model, or one of its tensors cannot train here.
     """
     parameters = plain_parameters(module)
-    trained: Sequence[str] = state["trained_names"]
+    parts = tuple(Part.from_dict(part) for part in state.get("parts", ()))
+    of_parts = {part.name: part.parameter for part in parts}
+    trained: Sequence[str] = [name for name in state["trained_names"] if name not in of_parts]
     thawed = set(state.get("thawed_names", ()))
-    for name in (*trained, *sorted(thawed)):
+    for name in (*trained, *of_parts.values(), *sorted(thawed)):
         if name not in parameters:
             raise ValueError(f"the earlier run trained {name}, which this model has not: it is another model's")
-    for name in trained:
+    for name in (*trained, *of_parts.values()):
         if not parameters[name].requires_grad:
             raise ValueError(f"the earlier run trained {name}, which is frozen here (requires_grad=False): unfreeze it")
     shapes = {weight.name: weight.shape for weight in find_weights(module)}
     for row in profile:
-        shape = shapes.get(row.name)
+        whole, label = split_name(row.name)
+        shape = shapes.get(whole)
+        if label is not None and shape is not None:
+            continue
         if shape != row.shape:
             found = "missing here" if shape is None else f"{shape} here"
             raise ValueError(f"the earlier run was of another model: {row.name} is {row.shape} there and {found}")
-    require_optimized(set(trained), optimized)
+    require_optimized({*trained, *of_parts.values()}, optimized)
     frozen = set(parameters).difference(claimed, trained)
     # Version 0.1 took everything that did not train out of the optimizers, whether or not it was frozen before.
     dropped = set(state["dropped_names"]) if "dropped_names" in state else frozen
     return Plan(
-        set(trained), frozen, dropped, list(state["selected_names"]), profile, thawed=thawed, rates=state.get("rates")
+        {*trained, *of_parts},
+        frozen,
+        dropped,
+        list(state["selected_names"]),
+        profile,
+        thawed=thawed,
+        rates=state.get("rates"),
+        parts=parts,
     )
+
+
+def require_no_averages(trainer: pl.Trainer, plan: Plan[AnyProfile]) -> None:
+    """Make sure that nothing averages the weights if parts of parameters train.
+
+    Raises:
+        ValueError: if a callback does; it would average the parts twice, once with the whole that they lie in.
+    """
+    averaging = [*callbacks_of(trainer, WeightAveraging), *callbacks_of(trainer, StochasticWeightAveraging)]
+    if plan.parts and averaging:
+        raise ValueError(
+            f"{type(averaging[0]).__name__} averages every parameter, and {plan.parts[0].name} is a part of one that "
+            'it averages, too: leave the averaging out, or let whole tensors train (experts="mean", heads="whole")'
+        )
 
 
 def require_optimized(names: Collection[str], optimized: Collection[str]) -> None:

@@ -38,7 +38,7 @@ def split_into_parts(
     Experts are the matrices of a stack (a fused parameter of shape (experts, rows, cols)). Heads are blocks of rows of
     query, key and value projections and blocks of columns of the output projection; their width is what the attention
     layer calls ``head_dim`` or the like, so grouped queries have fewer heads in key and value. A projection whose layer
-    does not tell stays whole, and so does a weight that is quantized, made by a parametrization or sharded.
+    does not tell stays whole, and so does a weight that is quantized or made by a parametrization.
 
     Args:
         weights: what was found in a model or a checkpoint, or some of it.
@@ -48,7 +48,8 @@ def split_into_parts(
         heads: whether attention projections are split.
 
     Raises:
-        ValueError: if ``gate_up`` is unknown.
+        ValueError: if ``gate_up`` is unknown, ``heads`` are wanted and there are none, or a weight that would be split
+            is sharded.
 
     Example:
         >>> from torch import nn
@@ -64,6 +65,12 @@ def split_into_parts(
         layers = {plain_name(name): layer for name, layer in module.named_modules(remove_duplicate=False)}
     shapes = {weight.name: weight.shape for weight in (weights if module is None else find_weights(module))}
     found: list[Weight] = []
+    sharded = next((w for w in weights if w.is_sharded and (heads or (experts and w.is_stack))), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded.name} is sharded over processes, and single experts or heads of it cannot be told apart or "
+            "trained: use one device or DDP, or let whole tensors train"
+        )
     for weight in weights:
         parts: list[Part] = []
         # A quantized parameter has another shape than what it stands for.
@@ -74,6 +81,11 @@ def split_into_parts(
             elif heads and len(weight.shape) == 2:
                 parts = _heads(weight, layers)
         found += _weights_of(weight, parts) if len(parts) > 1 else [weight]
+    if heads and not any(weight.part is not None and "head" in weight.part.label for weight in found):
+        raise ValueError(
+            'heads="each" finds no attention whose heads it can tell: its layer must say how wide one is (head_dim or '
+            'attention_head_size), or be an nn.MultiheadAttention; use heads="whole"'
+        )
     return found
 
 

@@ -4,7 +4,7 @@ from kappa_lightning.evaluation import Share
 from kappa_lightning.strategies.adapter import StrategyAdapter
 from kappa_lightning.strategies.ddp import DDPAdapter
 from kappa_lightning.strategies.model_parallel import ModelParallelAdapter
-from kappa_lightning.strategies.optimizers import optimized
+from kappa_lightning.strategies.optimizers import add_beside, optimized
 from kappa_lightning.strategies.rates import scale_rates
 from kappa_lightning.strategies.registry import adapter_for, register_adapter
 
@@ -14,6 +14,7 @@ __all__ = [
     "Share",
     "StrategyAdapter",
     "adapter_for",
+    "add_beside",
     "optimized",
     "register_adapter",
     "scale_rates",

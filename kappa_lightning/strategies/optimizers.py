@@ -65,6 +65,47 @@ def drop_from_optimizers(optimizers: Sequence[Optimizer], parameters: Iterable[n
     return undo
 
 
+def add_beside(
+    optimizers: Iterable[Optimizer], members: Iterable[tuple[nn.Parameter, str, nn.Parameter]]
+) -> Callable[[], None]:
+    """Let parameters join the groups that have others, at the end.
+
+    Args:
+        optimizers: all that may have the others.
+        members: each a parameter that is in a group, and the name and the parameter that join it there.
+
+    Returns:
+        A function that takes them out again.
+    """
+    joining: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for other, name, parameter in members:
+        joining.setdefault(id(other), []).append((name, parameter))
+    changed: list[Optimizer] = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            added = [member for other in group["params"] for member in joining.get(id(other), ())]
+            if added:
+                group["params"] += [parameter for _, parameter in added]
+                if "param_names" in group:
+                    group["param_names"] += [name for name, _ in added]
+                _members_changed(optimizer)
+                changed.append(optimizer)
+    parameters = [parameter for entries in joining.values() for _, parameter in entries]
+
+    def undo() -> None:
+        ids = {id(parameter) for parameter in parameters}
+        for optimizer in changed:
+            for group in optimizer.param_groups:
+                kept = [index for index, p in enumerate(group["params"]) if id(p) not in ids]
+                _rearrange(group, {key: [group[key][index] for index in kept] for key in _ALIGNED.intersection(group)})
+            for parameter in parameters:
+                optimizer.state.pop(parameter, None)
+            _members_changed(optimizer)
+        changed.clear()
+
+    return undo
+
+
 def _put_back(optimizer: Optimizer, returning: set[int]) -> None:
     """Let parameters return to the groups and places where they were, as far as they are nowhere else by now."""
     for place, (group, whole) in enumerate(zip(optimizer.param_groups, _WHOLE.get(optimizer, ()), strict=False)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Index = tuple[int | slice, ...]
 
@@ -32,6 +34,17 @@ class Part:
     def name(self) -> str:
         """The parameter's name with the label in brackets, which is what a selection and a table call it."""
         return f"{self.parameter}[{self.label}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part as plain values, for a checkpoint."""
+        index = [entry if isinstance(entry, int) else [entry.start, entry.stop, entry.step] for entry in self.index]
+        return {"parameter": self.parameter, "label": self.label, "index": index}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Part:
+        """The inverse of :meth:`to_dict`."""
+        index = tuple(entry if isinstance(entry, int) else slice(*entry) for entry in state["index"])
+        return cls(state["parameter"], state["label"], index)
 
 
 def split_name(name: str) -> tuple[str, str | None]:
