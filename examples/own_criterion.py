@@ -15,10 +15,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from kappa_lightning import KappaFreezeCallback, KappaProfile
-from kappa_lightning.selection import Matrix, Scorable, per_matrix, register
+from kappa_lightning.selection import Matrix, Scorable, per_matrix, register_criterion
 
 
-@register("quiet")
+@register_criterion("quiet")
 @per_matrix
 def quiet(matrix: Matrix) -> float:
     """The root mean square of a matrix's entries: the smallest weights train first."""
@@ -26,7 +26,7 @@ def quiet(matrix: Matrix) -> float:
     return matrix.frobenius_norm / math.sqrt(rows * cols)
 
 
-@register("kappa_but_last_layer_first")
+@register_criterion("kappa_but_last_layer_first")
 def kappa_but_last_layer_first(row: Scorable) -> float:
     """A criterion of the whole row, which knows its name: the last layer trains in any case, the others by κ."""
     return 0.0 if row.name.startswith("net.4.") else row.kappa

@@ -369,7 +369,7 @@ def run(method: str, args: argparse.Namespace) -> Result:
     ]
     if method == "kappa":
         freeze = KappaFreezeCallback(
-            max_params=args.max_params, include=["text.*"], always_train=["vision.*", "log_temperature"]
+            max_params=args.max_params, include=["text.*"], exclude=(), always_train=["vision.*", "log_temperature"]
         )
         callbacks.insert(0, freeze)
     trainer = pl.Trainer(

@@ -81,7 +81,13 @@ def test_profile_methods_take_the_arguments_of_the_design():
 
 
 def test_freeze_callback_takes_the_arguments_of_the_design_in_its_order():
-    rest = {"include": ("*",), "exclude": (), "always_train": (), "train_vectors": False, "solver": "auto"}
+    rest = {
+        "include": ("*",),
+        "exclude": ("@embeddings",),
+        "always_train": (),
+        "train_vectors": False,
+        "solver": "auto",
+    }
     expected = [*BUDGETS.items(), *rest.items(), ("rtol", 1e-3), ("profile", None)]
     found = positional(KappaFreezeCallback)
     assert found[: len(expected)] == expected

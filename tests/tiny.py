@@ -66,6 +66,8 @@ class TinyNet(Recording):
     """Embedding → Conv1d → BatchNorm → Linear → dropout → Linear, on 7 tokens of 11, into 4 classes."""
 
     MATRICES = ("embed.weight", "conv.weight", "hidden.weight", "head.weight")
+    CANDIDATES = MATRICES[1:]
+    """What a freeze callback chooses from by default: all but the embedding."""
 
     def __init__(self, configure: Configure = adamw, dropout: float = 0.0) -> None:
         super().__init__(configure)

@@ -19,7 +19,7 @@ from kappa_lightning.callbacks.trainer import batch_limit
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.settings import ProfileSettings
-from kappa_lightning.selection import DEFAULT_TOP_P, Budget, check_ranking, rank, select
+from kappa_lightning.selection import DEFAULT_TOP_P, Budget, check_ranking, parameters_allowed, rank, select
 from kappa_lightning.tables import ranking_markdown
 from kappa_lightning.weights import Weight
 
@@ -50,13 +50,15 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
         top_p: the share of the candidates that trains, in (0, 1]; 0.2 if no budget is given.
         num_tensors: the number of candidates that train.
         max_kappa: candidates with a κ of at most this train.
-        max_params: the number of candidates' parameters that train, or their share if a float.
+        max_params: the number of candidates' parameters that train, or their share if a float: the first ones of the
+            ranking until the next does not fit.
         criterion: what ranks the candidates: ``"kappa"``, ``"excess_kappa"``, ``"entropy_deficit"``,
-            ``"stable_rank"``, ``"random"`` or one that you registered (:func:`kappa_lightning.selection.register`);
-            with ``reversed:`` in front the other way round.
+            ``"stable_rank"``, ``"random"`` or one that you registered with
+            :func:`kappa_lightning.selection.register_criterion`; with ``reversed:`` in front the other way round.
         include: shell globs over the names of ``LightningModule.named_parameters()``, and groups of them such as
             ``"@attention"`` or ``"@gate_up"`` (:data:`kappa_lightning.weights.groups.GROUPS`; in YAML between quotes).
-        exclude: globs and groups of what is no candidate, and therefore frozen.
+        exclude: globs and groups of what is no candidate, and therefore frozen: by default embeddings, which the
+            reference implementation and PEFT leave out, too.
         always_train: globs of what trains whatever its κ (new heads, projectors), outside the budget.
         train_vectors: whether biases, norms and all other vectors train too.
         solver: see :func:`kappa_lightning.spectrum`.
@@ -109,7 +111,7 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
         max_params: int | float | None = None,
         criterion: str = "kappa",
         include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
+        exclude: Sequence[str] = ("@embeddings",),
         always_train: Sequence[str] = (),
         train_vectors: bool = False,
         solver: str = "auto",
@@ -194,7 +196,11 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
 
     @override
     def title(self, plan: Plan[KappaProfile]) -> str:
-        return f"{type(self).__name__}({self.budget})"
+        allowed = parameters_allowed(plan.profile, self.budget)
+        if allowed is None:
+            return f"{type(self).__name__}({self.budget})"
+        left = allowed - sum(plan.profile[name].num_parameters for name in plan.selected)
+        return f"{type(self).__name__}({self.budget}): {left:,} of {allowed:,} parameters are left of the budget"
 
     @override
     def __repr__(self) -> str:

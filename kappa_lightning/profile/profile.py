@@ -262,8 +262,8 @@ class KappaProfile:
             max_kappa: every tensor whose κ is at most this.
             max_params: a number of parameters if an int, a share of the profiled parameters if a float.
             criterion: what ranks the tensors, ``"kappa"``, ``"excess_kappa"``, ``"entropy_deficit"``,
-                ``"stable_rank"``, ``"random"`` or one of yours (:func:`kappa_lightning.selection.register`); with
-                ``reversed:`` in front the other way round.
+                ``"stable_rank"``, ``"random"`` or one of yours
+                (:func:`kappa_lightning.selection.register_criterion`); with ``reversed:`` in front the other way round.
             within: ``"all"``, ``"shape"`` or ``"role"``: tensors of one shape, or whose names differ only in numbers,
                 are ranked among themselves, and every group keeps its share; see
                 :func:`kappa_lightning.selection.rank`.

@@ -4,9 +4,18 @@ A criterion gives each row a score, the lowest scores train first, and the budge
 """
 
 from kappa_lightning.selection.budget import DEFAULT_TOP_P, Budget
-from kappa_lightning.selection.criteria import CRITERIA, Criterion, Matrix, Scorable, criterion_of, per_matrix, register
+from kappa_lightning.selection.criteria import (
+    CRITERIA,
+    Criterion,
+    Matrix,
+    Scorable,
+    criterion_of,
+    per_matrix,
+    register,
+    register_criterion,
+)
 from kappa_lightning.selection.expected_kappa import expected_log_kappa
-from kappa_lightning.selection.ranking import GROUPINGS, check_ranking, rank, select, take
+from kappa_lightning.selection.ranking import GROUPINGS, check_ranking, parameters_allowed, rank, select, take
 
 __all__ = [
     "CRITERIA",
@@ -19,9 +28,11 @@ __all__ = [
     "check_ranking",
     "criterion_of",
     "expected_log_kappa",
+    "parameters_allowed",
     "per_matrix",
     "rank",
     "register",
+    "register_criterion",
     "select",
     "take",
 ]

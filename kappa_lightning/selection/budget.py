@@ -12,14 +12,15 @@ DEFAULT_TOP_P = 0.2
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may train: exactly one of four limits.
+    """How much may train: exactly one of four limits, stored as a plain number.
 
     Attributes:
         top_p: a share of the tensors, in (0, 1]; at least one tensor.
         num_tensors: a number of tensors.
         max_kappa: every tensor whose κ is at most this.
         max_params: a number of parameters if an int, a share of the candidates' parameters in (0, 1] if a float; the
-            ranking is walked once and every tensor that still fits is taken.
+            first ones of the ranking train until the next does not fit (one that is larger than the whole budget is
+            passed over).
 
     Raises:
         TypeError: if a limit has the wrong type.

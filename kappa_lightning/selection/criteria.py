@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
+from kappa_lightning.arguments import as_int
 from kappa_lightning.information import entropy_deficit as _entropy_deficit
 from kappa_lightning.selection.expected_kappa import expected_log_kappa
 
@@ -71,13 +73,13 @@ Criterion = Callable[[Scorable], float]
 AnyCriterion = TypeVar("AnyCriterion", bound=Criterion)
 
 CRITERIA: dict[str, Criterion] = {}
-"""The criteria by name; see :func:`register`."""
+"""The criteria by name; see :func:`register_criterion`."""
 
 REVERSED = "reversed:"
 """What stands before a criterion's name to rank the other way round."""
 
 
-def register(name: str) -> Callable[[AnyCriterion], AnyCriterion]:
+def register_criterion(name: str) -> Callable[[AnyCriterion], AnyCriterion]:
     """Make a function from a row to a score usable as ``criterion="its name"``, everywhere that takes a criterion.
 
     The lowest score trains first. ∞ is a score; NaN is refused when it comes up. Register before a callback is made,
@@ -94,7 +96,7 @@ def register(name: str) -> Callable[[AnyCriterion], AnyCriterion]:
 
         >>> from torch import nn
         >>> from kappa_lightning import KappaProfile
-        >>> @register("loud_and_round")
+        >>> @register_criterion("loud_and_round")
         ... @per_matrix
         ... def loud_and_round(matrix):
         ...     return matrix.kappa / matrix.frobenius_norm
@@ -113,6 +115,16 @@ def register(name: str) -> Callable[[AnyCriterion], AnyCriterion]:
         return criterion
 
     return add
+
+
+def register(name: str) -> Callable[[AnyCriterion], AnyCriterion]:
+    """The name that :func:`register_criterion` had in version 0.1."""
+    warnings.warn(
+        "kappa_lightning.selection.register is called register_criterion, and the old name will go with version 0.3",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return register_criterion(name)
 
 
 def per_matrix(score: Callable[[Matrix], float]) -> Criterion:
@@ -136,8 +148,7 @@ def criterion_of(name: str, seed: int = 0) -> Criterion:
         TypeError: if the seed is no int.
         ValueError: if there is no such criterion.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed={seed!r} is not an int")
+    seed = as_int(seed, "seed")
     plain = name.removeprefix(REVERSED)
     if plain not in CRITERIA:
         known = ", ".join(map(repr, CRITERIA))
@@ -147,13 +158,13 @@ def criterion_of(name: str, seed: int = 0) -> Criterion:
     return chosen if plain == name else lambda row: -chosen(row)
 
 
-@register("kappa")
+@register_criterion("kappa")
 def kappa(row: Scorable) -> float:
     """The condition number, the paper's criterion: a low κ passes information evenly and may be retrained."""
     return row.kappa
 
 
-@register("excess_kappa")
+@register_criterion("excess_kappa")
 @per_matrix
 def excess_kappa(matrix: Matrix) -> float:
     """ln κ less what it is expected to be for a random Gaussian matrix of that shape, in nats.
@@ -164,7 +175,7 @@ def excess_kappa(matrix: Matrix) -> float:
     return math.log(matrix.kappa) - expected_log_kappa(*matrix.shape)
 
 
-@register("entropy_deficit")
+@register_criterion("entropy_deficit")
 @per_matrix
 def entropy_deficit(matrix: Matrix) -> float:
     """The nats per dimension that unequal singular values cost the output's entropy at the matrix's own norm.
@@ -176,7 +187,7 @@ def entropy_deficit(matrix: Matrix) -> float:
     return _entropy_deficit(matrix.log_volume, matrix.frobenius_norm, min(matrix.shape))
 
 
-@register("stable_rank")
+@register_criterion("stable_rank")
 @per_matrix
 def stable_rank(matrix: Matrix) -> float:
     """The share of ‖W‖_F² in the strongest direction, σ_max²/‖W‖_F², the reciprocal of the stable rank.
@@ -189,7 +200,7 @@ def stable_rank(matrix: Matrix) -> float:
     return (matrix.sigma_max / matrix.frobenius_norm) ** 2
 
 
-@register("random")
+@register_criterion("random")
 def random(row: Scorable, seed: int = 0) -> float:
     """A number in [0, 1) from the tensor's name and the seed alone: a control that is the same on every machine."""
     digest = hashlib.sha256(f"{seed}:{row.name}".encode()).digest()

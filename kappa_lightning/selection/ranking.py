@@ -100,7 +100,7 @@ def select(
 ) -> list[str]:
     """The names that train, the first to train first: what the budget takes of :func:`rank`.
 
-    ``top_p`` and ``num_tensors`` take the first ones, ``max_params`` walks the ranking and takes what still fits, and
+    ``top_p`` and ``num_tensors`` take the first ones, ``max_params`` those until the next does not fit, and
     ``max_kappa`` takes every tensor up to that κ, whatever the criterion and the groups.
 
     Args:
@@ -154,16 +154,24 @@ def _share_of(share: float, total: int) -> int:
     return math.floor(share * total * (1 + 1e-12))
 
 
+def parameters_allowed(rows: Iterable[Sized], budget: Budget) -> int | None:
+    """How many parameters of the candidates a budget lets train; ``None`` if it does not count them."""
+    if isinstance(budget.max_params, float):
+        return _share_of(budget.max_params, sum(row.num_parameters for row in rows))
+    return budget.max_params
+
+
 def _fill(ranking: Sequence[Sized], budget: Budget) -> list[str]:
-    limit = budget.max_params
+    limit = parameters_allowed(ranking, budget)
     assert limit is not None
-    if isinstance(limit, float):
-        limit = _share_of(limit, sum(row.num_parameters for row in ranking))
-    chosen, used = [], 0
+    chosen, left = [], limit
     for row in ranking:
-        if used + row.num_parameters <= limit:
-            chosen.append(row.name)
-            used += row.num_parameters
+        if row.num_parameters > limit:
+            continue  # it would never fit, so it stops nobody behind it
+        if row.num_parameters > left:
+            break
+        chosen.append(row.name)
+        left -= row.num_parameters
     if not chosen:
         smallest = min(ranking, key=lambda row: (row.num_parameters, row.name))
         raise ValueError(

@@ -151,7 +151,7 @@ def run(
 def low_kappa(module: GenerativeModule, max_params: float) -> KappaFreezeCallback:
     """Train the matrices of lowest κ within the towers, and the projector in any case."""
     projector = [f"model.{name}" for name, part in parts_of(module.model).items() if part == "projector"]
-    return KappaFreezeCallback(max_params=max_params, always_train=projector)
+    return KappaFreezeCallback(max_params=max_params, exclude=(), always_train=projector)
 
 
 def show(results: Sequence[Result], headers: Mapping[str, str], title: str, console: Console) -> None:

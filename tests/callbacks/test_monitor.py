@@ -131,7 +131,7 @@ def test_step_is_the_optimizers_under_gradient_accumulation(tmp_path: Path) -> N
 def test_freeze_profile_is_reused_and_frozen_tensors_are_never_decomposed_again(
     tmp_path: Path, decomposed: Decomposed, freeze_first: bool
 ) -> None:
-    module, monitor, freeze = TinyNet(), KappaMonitor(tensors="all"), KappaFreezeCallback(num_tensors=1)
+    module, monitor, freeze = TinyNet(), KappaMonitor(tensors="all"), KappaFreezeCallback(num_tensors=1, exclude=())
     best = dict(module.named_parameters())[numpy_ranking(module, TinyNet.MATRICES)[0]]
     view = (best.shape[0], best.numel() // best.shape[0])
     fit(tmp_path, module, *([freeze, monitor] if freeze_first else [monitor, freeze]), max_epochs=3)

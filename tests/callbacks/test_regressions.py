@@ -183,7 +183,7 @@ def test_freeze_with_a_given_profile_has_no_state_before_fit() -> None:
 
 def test_selection_of_a_given_profile_trains_after_a_learning_rate_finder(tmp_path: Path) -> None:
     module = _tunable()
-    best = numpy_ranking(module, TinyNet.MATRICES)[:2]
+    best = numpy_ranking(module, TinyNet.CANDIDATES)[:2]
     callback = KappaFreezeCallback(num_tensors=2, profile=KappaProfile.from_model(module, progress=False))
     before = snapshot(module)
     finder = LearningRateFinder(num_training_steps=5, early_stop_threshold=None)
@@ -202,7 +202,7 @@ def test_checkpoint_saved_after_validate_with_a_given_profile_starts_a_fit(tmp_p
     trainer.save_checkpoint(tmp_path / "validated.ckpt")
     again, callback = TinyNet(), KappaFreezeCallback(num_tensors=2, profile=profile)
     fit(tmp_path, again, callback, ckpt_path=tmp_path / "validated.ckpt")
-    assert callback.selected_names == numpy_ranking(TinyNet(), TinyNet.MATRICES)[:2]
+    assert callback.selected_names == numpy_ranking(TinyNet(), TinyNet.CANDIDATES)[:2]
     assert set(trainable(again)) == set(callback.selected_names)
 
 
@@ -434,7 +434,7 @@ def test_fast_dev_run_writes_no_profile(tmp_path: Path) -> None:
     folder.mkdir()
     callback = KappaFreezeCallback(num_tensors=1, profile=folder / "profile.json")
     fit(tmp_path, TinyNet(), callback, fast_dev_run=True)
-    assert len(callback.profile) == len(TinyNet.MATRICES)
+    assert len(callback.profile) == len(TinyNet.CANDIDATES)
     assert list(folder.iterdir()) == []
 
 

@@ -97,12 +97,12 @@ def test_selection_comes_from_the_checkpoint_not_from_the_trained_weights(tmp_pa
         weight[1] = weight[0] * (1 + 1e-5)
     torch.save(content, checkpoint)
     resumed = Run(tmp_path, max_epochs=3, ckpt_path=checkpoint)
-    expected = numpy_ranking(TinyNet(), TinyNet.MATRICES)[:2]
+    expected = numpy_ranking(TinyNet(), TinyNet.CANDIDATES)[:2]
     assert resumed.freeze.selected_names == expected
     assert resumed.freeze.profile == half.freeze.profile
     loaded = TinyNet()
     loaded.load_state_dict(content["state_dict"])
-    assert numpy_ranking(loaded, TinyNet.MATRICES)[:2] != expected
+    assert numpy_ranking(loaded, TinyNet.CANDIDATES)[:2] != expected
 
 
 @pytest.mark.parametrize("at_validation_end", [True, False])
@@ -177,7 +177,7 @@ def test_other_arguments_on_resume_warn_and_are_ignored(tmp_path: Path) -> None:
     assert "top_p=1.0 (checkpoint: None)" in message
     assert "num_tensors=None (checkpoint: 2)" in message
     assert "train_vectors=True (checkpoint: False)" in message
-    assert "exclude=['embed.*'] (checkpoint: [])" in message
+    assert "exclude=['embed.*'] (checkpoint: ['@embeddings'])" in message
     assert "within='role' (checkpoint: 'all')" in message
     assert "seed=2 (checkpoint: 0)" in message
     assert "include" not in message

@@ -95,7 +95,7 @@ def test_each_alone(tmp_path: Path, kind: str, logger: str) -> None:
     trainer = fit(tmp_path, module, *callbacks.values(), logger=LOGGERS[logger](tmp_path))
     assert trainer.global_step == 3
     if kind == "freeze":
-        assert set(trainable(module)) == set(numpy_ranking(TinyNet(), TinyNet.MATRICES)[:2])
+        assert set(trainable(module)) == set(numpy_ranking(TinyNet(), TinyNet.CANDIDATES)[:2])
     else:
         assert [record["step"] for record in callbacks[kind].history] == [0, 3]
         assert trainable(module) == [name for name, _ in module.named_parameters()]
@@ -108,7 +108,7 @@ def test_barebones_freezes_and_computes_no_figures_to_log(tmp_path: Path, order:
     trainer = make_trainer(tmp_path, *callbacks.values(), barebones=True, **options)
     trainer.fit(module, loader(), loader())
     assert trainer.global_step == 3
-    assert set(trainable(module)) == set(numpy_ranking(TinyNet(), TinyNet.MATRICES)[:2])
+    assert set(trainable(module)) == set(numpy_ranking(TinyNet(), TinyNet.CANDIDATES)[:2])
     assert callbacks["monitor"].history == []
 
 
@@ -120,7 +120,7 @@ def test_fast_dev_run_leaves_no_file_and_trains_one_batch(tmp_path: Path, order:
     trainer = make_trainer(tmp_path, *callbacks.values(), fast_dev_run=True, logger=logger)
     trainer.fit(module, loader(), loader())
     assert trainer.global_step == 1
-    assert set(trainable(module)) == set(numpy_ranking(TinyNet(), TinyNet.MATRICES)[:2])
+    assert set(trainable(module)) == set(numpy_ranking(TinyNet(), TinyNet.CANDIDATES)[:2])
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -185,7 +185,7 @@ def test_lightnings_tuners_run_beside_the_callbacks(
     trainer = make_trainer(tmp_path, tuner(), *callbacks.values())
     trainer.fit(module)
     if "freeze" in kinds:
-        assert callbacks["freeze"].selected_names == numpy_ranking(Tunable(), TinyNet.MATRICES)[:2]
+        assert callbacks["freeze"].selected_names == numpy_ranking(Tunable(), TinyNet.CANDIDATES)[:2]
         assert set(trainable(module)) == set(callbacks["freeze"].selected_names)
     for kind in set(kinds) & {"monitor", "forgetting"}:
         assert [record["step"] for record in callbacks[kind].history] == [0, trainer.global_step]

@@ -10,7 +10,7 @@ from scipy import integrate, linalg, special
 from torch import nn
 
 from kappa_lightning import KappaProfile
-from kappa_lightning.selection import CRITERIA, criterion_of, expected_log_kappa, per_matrix, register
+from kappa_lightning.selection import CRITERIA, criterion_of, expected_log_kappa, per_matrix, register_criterion
 
 SIGMA = [5.0, 3.0, 2.0, 0.5]
 
@@ -210,18 +210,18 @@ def test_expectation_takes_either_orientation_and_refuses_an_empty_matrix():
 @pytest.mark.parametrize("name", ["", "a:b", "reversed:kappa"])
 def test_criterion_cannot_have_a_name_that_no_argument_could_mean(name):
     with pytest.raises(ValueError, match="without a colon"):
-        register(name)
+        register_criterion(name)
 
 
 def test_name_that_is_taken_is_refused():
     with pytest.raises(ValueError, match="'kappa' already"):
-        register("kappa")
+        register_criterion("kappa")
 
 
 def test_registered_criterion_is_found_and_reversed(monkeypatch):
     monkeypatch.setattr("kappa_lightning.selection.criteria.CRITERIA", dict(CRITERIA))
 
-    @register("norm")
+    @register_criterion("norm")
     @per_matrix
     def norm(matrix):
         return matrix.frobenius_norm

@@ -88,18 +88,24 @@ def test_kappa_limit_below_every_candidate_names_the_lowest():
         select([Row("x", 7.0), Row("y", 2.0)], Budget(max_kappa=1.5))
 
 
-def test_parameter_limit_fills_greedily_and_skips_what_does_not_fit():
-    # Ranking a=60, b=30, c=25, d=10, e=5. With 80: a (60), b would make 90, c 85, d 70, e 75.
-    assert select(ROWS, Budget(max_params=80)) == ["a", "d", "e"]
+def test_parameter_limit_takes_the_first_ones_until_the_next_does_not_fit():
+    # Ranking a=60, b=30, c=25, d=10, e=5.
+    assert select(ROWS, Budget(max_params=80)) == ["a"]
     assert select(ROWS, Budget(max_params=90)) == ["a", "b"]
-    assert select(ROWS, Budget(max_params=59)) == ["b", "c"]
+    assert select(ROWS, Budget(max_params=120)) == ["a", "b", "c"]
     assert select(ROWS, Budget(max_params=130)) == ["a", "b", "c", "d", "e"]
     assert select(ROWS, Budget(max_params=10**9)) == ["a", "b", "c", "d", "e"]
 
 
+def test_tensor_larger_than_the_whole_budget_is_passed_over():
+    assert select(ROWS, Budget(max_params=59)) == ["b", "c"]
+    assert select(ROWS, Budget(max_params=29)) == ["c"]
+
+
 def test_parameter_share_is_of_the_candidates_parameters():
-    # Half of 130 is 65: a (60), then e (5).
-    assert select(ROWS, Budget(max_params=0.5)) == ["a", "e"]
+    # Half of 130 is 65, and nine tenths are 117.
+    assert select(ROWS, Budget(max_params=0.5)) == ["a"]
+    assert select(ROWS, Budget(max_params=0.9)) == ["a", "b", "c"]
     assert select(ROWS, Budget(max_params=1.0)) == ["a", "b", "c", "d", "e"]
 
 
@@ -232,7 +238,7 @@ def test_parameter_limit_walks_the_groups_in_turn():
         Row("x", 10.0, 100, (1, 100)), Row("y", 20.0, 100, (1, 100)), Row("z", 30.0, 100, (1, 100)),
     ]  # fmt: skip
     assert select(rows, Budget(max_params=220), within="shape") == ["a", "x", "b", "y"]
-    assert select(rows, Budget(max_params=130), within="shape") == ["a", "x", "b", "c"]
+    assert select(rows, Budget(max_params=130), within="shape") == ["a", "x", "b"]
     assert select(rows, Budget(max_params=130)) == ["a", "b", "c", "x"]
 
 
@@ -356,9 +362,11 @@ def test_order_of_the_rows_does_not_matter(values, sizes, data):
 
 @given(values=kappas, sizes=st.lists(st.integers(1, 50), min_size=30, max_size=30), limit=st.integers(50, 500))
 @settings(max_examples=200, deadline=None)
-def test_parameter_limit_is_kept_and_no_tensor_left_out_would_still_fit(values, sizes, limit):
+def test_parameter_limit_is_kept_and_the_first_tensor_left_out_does_not_fit(values, sizes, limit):
     rows = [Row(f"t{index}", kappa, sizes[index]) for index, kappa in enumerate(values)]
-    chosen = set(select(rows, Budget(max_params=limit)))
+    chosen = select(rows, Budget(max_params=limit))
     used = sum(row.num_parameters for row in rows if row.name in chosen)
     assert used <= limit
-    assert all(used + row.num_parameters > limit for row in rows if row.name not in chosen)
+    ranking = rank(rows)
+    assert chosen == [row.name for row in ranking[: len(chosen)]]
+    assert all(used + row.num_parameters > limit for row in ranking[len(chosen) : len(chosen) + 1])

@@ -121,7 +121,11 @@ def adapt(
 ) -> dict[str, Any]:
     """Train for two epochs with the three callbacks under the strategy of that name, and tell all that came out."""
     processes, make = STRATEGIES[name]
-    freeze, monitor, forgetting = KappaFreezeCallback(num_tensors=2), KappaMonitor(), ForgettingEval(probes())
+    freeze, monitor, forgetting = (
+        KappaFreezeCallback(num_tensors=2, exclude=()),
+        KappaMonitor(),
+        ForgettingEval(probes()),
+    )
     module = module or Net()
     trainer = make_trainer(
         root,

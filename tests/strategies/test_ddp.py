@@ -38,7 +38,7 @@ def reduce(strategy, bucket):  # type: ignore[no-untyped-def] # which PyTorch wo
 
 def fit_counting(root: Path, freezes: bool, **options: Any) -> dict[str, Any]:
     strategy, module = Counting(**options), Net()
-    freeze = KappaFreezeCallback(num_tensors=1)
+    freeze = KappaFreezeCallback(num_tensors=1, exclude=())
     trainer = make_trainer(root, *([freeze] if freezes else []), strategy=strategy, devices=2, max_epochs=1)
     trainer.fit(module)
     parameters = dict(module.named_parameters())
@@ -74,7 +74,7 @@ def wrappers(root: Path) -> dict[str, Any]:
         found["gone"] = found.pop("old")() is None
 
     gc.disable()
-    callbacks = [Spy(on_fit_start=before), KappaFreezeCallback(num_tensors=1), Spy(on_fit_start=after)]
+    callbacks = [Spy(on_fit_start=before), KappaFreezeCallback(num_tensors=1, exclude=()), Spy(on_fit_start=after)]
     make_trainer(root, *callbacks, strategy="ddp", devices=2).fit(Net())
     return found
 
@@ -84,7 +84,7 @@ def test_old_wrapper_and_its_buckets_are_gone_when_training_starts(tmp_path: Pat
 
 
 def unfreeze_at_the_second_epoch(root: Path) -> dict[str, Any]:
-    freeze, module = KappaFreezeCallback(num_tensors=1), Net()
+    freeze, module = KappaFreezeCallback(num_tensors=1, exclude=()), Net()
     halfway: dict[str, torch.Tensor] = {}
 
     def unfreeze(trainer: Any, module: Any) -> None:
@@ -113,7 +113,7 @@ def test_unfreezing_in_the_middle_of_a_fit_trains_everything_from_there(tmp_path
 
 
 def two_fits(root: Path) -> dict[str, Any]:
-    freeze, module = KappaFreezeCallback(num_tensors=2), Net()
+    freeze, module = KappaFreezeCallback(num_tensors=2, exclude=()), Net()
     trainer = make_trainer(root, freeze, strategy="ddp", devices=2, max_epochs=1)
     trainer.fit(module)
     first, between = freeze.trained_names, snapshot(module)
@@ -152,7 +152,11 @@ class Manual(Net):
 def two_manual_fits(root: Path) -> dict[str, torch.Tensor]:
     module, strategy = Manual(), DDPStrategy(static_graph=True)
     trainer = make_trainer(
-        root, KappaFreezeCallback(num_tensors=2), strategy=strategy, devices=2, use_distributed_sampler=False
+        root,
+        KappaFreezeCallback(num_tensors=2, exclude=()),
+        strategy=strategy,
+        devices=2,
+        use_distributed_sampler=False,
     )
     trainer.fit(module)
     trainer.fit_loop.max_epochs = 2
@@ -167,7 +171,9 @@ def test_first_reduction_of_every_fit_takes_place_with_a_static_graph_and_manual
 
 
 def modules_that_differ(root: Path) -> None:
-    freeze = KappaFreezeCallback(num_tensors=1, always_train=["head.bias"] if os.environ["RANK"] == "0" else [])
+    freeze = KappaFreezeCallback(
+        num_tensors=1, always_train=["head.bias"] if os.environ["RANK"] == "0" else [], exclude=()
+    )
     make_trainer(root, freeze, strategy="ddp", devices=2).fit(Net())
 
 

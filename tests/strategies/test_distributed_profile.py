@@ -68,7 +68,7 @@ def trainer_for(name: str, root: Path, freeze: KappaFreezeCallback, timeout: flo
 
 
 def profile_of(name: str, root: Path, **arguments: Any) -> dict[str, Any]:
-    watched, freeze = Watched(), KappaFreezeCallback(num_tensors=2, **arguments)
+    watched, freeze = Watched(), KappaFreezeCallback(num_tensors=2, **arguments, exclude=())
     trainer_for(name, root, freeze).fit(Net())
     return {"profile": freeze.profile.to_dict(), "shapes": watched.shapes}
 
@@ -95,7 +95,7 @@ def with_another_last_bit(name: str, root: Path) -> tuple[list[str], dict[str, A
         return replace(exact, kappa=exact.kappa * (1 + 1e-15 * int(os.environ["RANK"])))
 
     kappa_lightning.profile.compute._row = row
-    freeze = KappaFreezeCallback(num_tensors=2)
+    freeze = KappaFreezeCallback(num_tensors=2, exclude=())
     trainer_for(name, root, freeze).fit(Net())
     return freeze.trained_names, freeze.profile.to_dict()
 
@@ -107,7 +107,7 @@ def test_all_processes_hold_the_same_figures_although_their_arithmetic_differs(t
 
 
 def fit_with_nan(name: str, root: Path, where: str) -> Any:
-    module, freeze = Net(), KappaFreezeCallback(num_tensors=2)
+    module, freeze = Net(), KappaFreezeCallback(num_tensors=2, exclude=())
     dict(module.named_parameters())[where].data[0, 0] = float("nan")
     try:
         trainer_for(name, root, freeze).fit(module)
@@ -129,12 +129,12 @@ def fit_and_die(root: Path) -> None:
         Watched(first=lambda: os.kill(os.getpid(), signal.SIGKILL))
     else:
         Watched()
-    trainer_for("ddp", root, KappaFreezeCallback(num_tensors=2), timeout=5).fit(Net())
+    trainer_for("ddp", root, KappaFreezeCallback(num_tensors=2, exclude=()), timeout=5).fit(Net())
 
 
 def fit_and_stall(root: Path) -> None:
     Watched(first=lambda: time.sleep(60) if os.environ["RANK"] == "1" else None)
-    trainer_for("ddp", root, KappaFreezeCallback(num_tensors=2), timeout=3).fit(Net())
+    trainer_for("ddp", root, KappaFreezeCallback(num_tensors=2, exclude=()), timeout=3).fit(Net())
 
 
 def test_process_killed_during_the_profile_makes_the_others_stop(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def launch(strategy: str, root: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_processes_that_lightning_starts(tmp_path: Path, strategy: str) -> None:
     (told,) = on_ranks(launch, strategy, tmp_path, ranks=1, timeout=150)
-    lowest = numpy_ranking(TinyNet(), TinyNet.MATRICES)[:2]
+    lowest = numpy_ranking(TinyNet(), TinyNet.CANDIDATES)[:2]
     before = TinyNet().state_dict()
     moved = [name for name, tensor in told["weights"].items() if not torch.equal(tensor, before[name])]
     assert sorted(moved) == sorted(lowest)
@@ -100,7 +100,7 @@ def travel(processes: int, root: Path) -> list[Any]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_callbacks_travel_at_any_moment_and_work_elsewhere(tmp_path: Path, processes: int) -> None:
     for original, told in on_ranks(travel, processes, tmp_path, ranks=processes):
-        trained = sorted(numpy_ranking(TinyNet(), TinyNet.MATRICES)[:2])
+        trained = sorted(numpy_ranking(TinyNet(), TinyNet.CANDIDATES)[:2])
         assert sorted(original[0]) == trained
         assert len(told) == 8
         for when, known, trains, same in told:
@@ -137,7 +137,7 @@ def test_lightning_cli_with_ddp_in_the_file(tmp_path: Path) -> None:
     trainer = {"callbacks": callbacks, "accelerator": "cpu", "logger": False, "max_epochs": 1}
     trainer |= {"strategy": "ddp", "devices": 2, "enable_progress_bar": False, "enable_checkpointing": False}
     (tmp_path / "ddp.yaml").write_text(yaml.safe_dump({"trainer": trainer, "seed_everything": 3}))
-    expected = numpy_ranking(TinyNet(), TinyNet.MATRICES)[:2]
+    expected = numpy_ranking(TinyNet(), TinyNet.CANDIDATES)[:2]
     for selected, trains in on_ranks(from_file, "ddp", tmp_path):
         assert selected == expected
         assert sorted(trains) == sorted(expected)

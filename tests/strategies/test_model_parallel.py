@@ -51,7 +51,7 @@ def count_whole_tensors(name: str, root: Path) -> tuple[list[int], int]:
 
     kappa_lightning.profile.distributed.collect = counting
     DTensor.full_tensor = on_all
-    fit(name, root, KappaFreezeCallback(num_tensors=2), KappaMonitor(tensors="all"))
+    fit(name, root, KappaFreezeCallback(num_tensors=2, exclude=()), KappaMonitor(tensors="all"))
     return counts, len(gathered)
 
 
@@ -75,7 +75,7 @@ def look(name: str, root: Path) -> dict[str, Any]:
     def after_backward(trainer: Any, module: Any) -> None:
         seen["gradients"] = [key for key, parameter in module.named_parameters() if parameter.grad is not None]
 
-    freeze = KappaFreezeCallback(num_tensors=2)
+    freeze = KappaFreezeCallback(num_tensors=2, exclude=())
     spy = Spy(on_train_batch_start=at_first_batch, on_before_optimizer_step=after_backward)
     trainer, module = fit(name, root, freeze, ForgettingEval(probes()), spy)
     (optimizer,) = trainer.optimizers
@@ -119,7 +119,7 @@ def test_figures_are_of_the_weights_that_train_although_a_forward_pass_had_gathe
 
 
 def two_fits(name: str, root: Path) -> dict[str, Any]:
-    freeze, monitor = KappaFreezeCallback(num_tensors=2), KappaMonitor()
+    freeze, monitor = KappaFreezeCallback(num_tensors=2, exclude=()), KappaMonitor()
     trainer, module = fit(name, root, freeze, monitor)
     first, between = freeze.trained_names, {key: whole(p).clone() for key, p in module.named_parameters()}
     trainer.fit_loop.max_epochs = 2
@@ -146,7 +146,7 @@ def summary(root: Path) -> int:
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             counts.append(summarize(pl_module).trainable_parameters)
 
-    fit("fsdp2", root, Reading(), KappaFreezeCallback(num_tensors=2))
+    fit("fsdp2", root, Reading(), KappaFreezeCallback(num_tensors=2, exclude=()))
     return counts[0]
 
 
@@ -171,7 +171,7 @@ class Parametrized(Net):
 
 def profile_parametrized(name: str, root: Path, kind: str) -> dict[str, float]:
     devices, make = STRATEGIES[name]
-    freeze, module = KappaFreezeCallback(num_tensors=2), Parametrized(kind)
+    freeze, module = KappaFreezeCallback(num_tensors=2, exclude=()), Parametrized(kind)
     trainer = make_trainer(root, freeze, strategy=make(), devices=devices, use_distributed_sampler=False)
     trainer.fit(module)
     return {row.name: row.kappa for row in freeze.profile}
