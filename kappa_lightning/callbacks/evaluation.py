@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 
 from kappa_lightning.callbacks.progress import track
 from kappa_lightning.callbacks.trainer import batch_limit
-from kappa_lightning.evaluation import Circumstances, run_probe
+from kappa_lightning.evaluation import Circumstances, Measurement, measure_probe
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
 
 
 def evaluate(trainer: pl.Trainer, module: pl.LightningModule, name: str, probe: Probe) -> float:
-    """A probe's metric on the module as it is now, under the Trainer's precision.
+    """A probe's metric on the module as it is now, under the Trainer's precision; see :func:`measure`."""
+    return measure(trainer, module, name, probe).value
+
+
+def measure(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    name: str,
+    probe: Probe,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Measurement:
+    """A probe's metric on the module as it is now, under the Trainer's precision, and its items.
 
     Several processes share the batches, each of which counts once, and all get the same value; it differs from that
     of one process only in the order of its sums. With ``fast_dev_run=n`` each reads only n batches, as in Lightning's
-    own loops.
+    own loops. ``within`` makes a context around all batches.
 
     Raises:
         ValueError: if the dataloader gives no batch or the metric is no scalar; this and any error of the probe's own
@@ -36,4 +50,4 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, name: str, probe: 
         settle=partial(adapter.settle, module),
         track=lambda batches, total: track(trainer, batches, total=total, description=f"Probe {name}", unit="batch"),
     )
-    return run_probe(module, probe, circumstances, name)
+    return measure_probe(module, probe, circumstances, name, within)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -15,17 +17,22 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from kappa_lightning.callbacks.evaluation import evaluate
+from kappa_lightning.callbacks.evaluation import measure
 from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.reporting import log_scalars, publish
+from kappa_lightning.callbacks.retention import figures_of, require_ratios
 from kappa_lightning.callbacks.schedule import Schedule, warn_of_stale_monitors
 from kappa_lightning.callbacks.state import figures_in
 from kappa_lightning.callbacks.trainer import batch_limit
+from kappa_lightning.evaluation import Items, Measurement, adapters_off, has_adapters
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
 
 OnBreach = Literal["stop", "warn", "raise"]
+JudgedBy = Literal["retention", "retention_low"]
 Moment = Literal["start", "step", "epoch"]
+_IDENTITY = 1e-4
+"""Relative: more than kernels and precisions differ by."""
 _NO_BASELINE = (
     "{source} has no baseline of the probe {probe!r}, and measuring one on weights that are trained already would hide "
     "what they forgot: leave this probe out, or load the weights into a new module and call fit without ckpt_path to "
@@ -46,6 +53,12 @@ class ForgettingEval(Callback):
     - ``forgetting/<probe>/<metric>``: the metric, as the probe names it;
     - ``forgetting/<probe>/retention``: 1 is all;
     - ``forgetting/<probe>/forgetting``: 1 − retention;
+    - ``forgetting/<probe>/retention_low`` and ``retention_high``: a 95 % interval of the retention by a paired
+      bootstrap over samples (or batches, where the metric of a batch can't be taken apart), for metrics that are made
+      of sums or lists;
+    - ``forgetting/<probe>/above_chance``, for a probe that knows its chance level: (now − chance) over
+      (baseline − chance);
+    - ``forgetting/<probe>/nats``, for a perplexity: the loss in nats a token, ln(now / baseline);
     - ``forgetting/retention``: the mean retention over all probes, those of the Trainer's other ForgettingEvals
       included, each with its latest figure.
 
@@ -60,6 +73,9 @@ class ForgettingEval(Callback):
     their probes. With ``every_n_train_steps`` it measures as soon as that many optimizer steps are done, accumulated
     batches counting as one, so that ``ModelCheckpoint(every_n_train_steps=...)`` sees the figures of its step.
 
+    With adapters in the module (PEFT, or a parametrization with parameters on a frozen tensor) the baseline is measured
+    with the adapters off. If they are not the identity at the start, that is warned of.
+
     The baseline survives a resume and a second fit of the same module, and is never measured on trained weights. With
     ``fast_dev_run`` each probe reads as many batches as the other loops, and its figures are not judged.
 
@@ -70,6 +86,8 @@ class ForgettingEval(Callback):
         on_breach: what happens if one does: ``"stop"`` ends the training after this epoch or step, ``"warn"`` only
             warns, ``"raise"`` raises a RuntimeError.
         every_n_train_steps: the number of optimizer steps (``Trainer.global_step``) between evaluations.
+        judged_by: what may not fall below ``min_retention``: the ``"retention"`` itself, or ``"retention_low"``, the
+            lower end of its interval.
 
     Attributes:
         baseline: each probe's metric before the first step.
@@ -79,8 +97,8 @@ class ForgettingEval(Callback):
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if there is no probe or an argument is out of range; when training starts, if a probe's dataloader
-            gives no batch, its metric is NaN or no scalar or has a baseline from which no ratio can be formed, or a
-            resumed checkpoint has no baseline.
+            gives no batch, its metric is NaN or no scalar or has a baseline from which no ratio can be formed or
+            that is no better than chance, or a resumed checkpoint has no baseline.
         RuntimeError: on a breach with ``on_breach="raise"``.
 
     Example:
@@ -107,6 +125,7 @@ class ForgettingEval(Callback):
         min_retention: float | None = None,
         on_breach: OnBreach = "stop",
         every_n_train_steps: int | None = None,
+        judged_by: JudgedBy = "retention",
     ) -> None:
         super().__init__()
         if not isinstance(probes, Mapping):
@@ -128,11 +147,17 @@ class ForgettingEval(Callback):
             raise ValueError(
                 f"on_breach={on_breach!r} is unknown: use one of {', '.join(map(repr, get_args(OnBreach)))}"
             )
+        if judged_by not in get_args(JudgedBy):
+            raise ValueError(
+                f"judged_by={judged_by!r} is unknown: use one of {', '.join(map(repr, get_args(JudgedBy)))}"
+            )
         self.probes = dict(probes)
+        self.judged_by = judged_by
         self.min_retention = min_retention
         self.on_breach = on_breach
         self.baseline: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
+        self._items: dict[str, Items] = {}
         self._restored: dict[str, Any] | None = None
         self._checkpoint_step = 0
         self._step = 0
@@ -171,6 +196,7 @@ class ForgettingEval(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.ckpt_path is not None and self._restored is not None:
             self.baseline, self.history = dict(self._restored["baseline"]), list(self._restored["history"])
+            self._items = {name: Items.from_state(items) for name, items in self._restored.get("items", {}).items()}
             missing = [name for name in self.probes if name not in self.baseline]
             if missing:
                 raise ValueError(_NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=missing[0]))
@@ -187,7 +213,7 @@ class ForgettingEval(Callback):
         elif trainer.global_step > 0:
             raise ValueError(_NO_BASELINE.format(source="the fit before this one", probe=next(iter(self.probes))))
         else:
-            self.baseline, self.history = {}, []
+            self.baseline, self.history, self._items = {}, [], {}
         self._forget_checkpoint()
         self._step = trainer.global_step
         if self.history:
@@ -196,15 +222,7 @@ class ForgettingEval(Callback):
             if self.schedule.missed_step(self.history[-1]["step"], self._step):
                 self._evaluate(trainer, pl_module, trainer.current_epoch, "step")
         else:
-            if not self.baseline:
-                for probe in self.probes.values():
-                    probe.begin_baseline()
-            values = self._measure(trainer, pl_module)
-            if not self.baseline:
-                if batch_limit(trainer) is None:
-                    self._require_ratios(values)
-                self.baseline = values
-            self._record(trainer, values, trainer.current_epoch, "start")
+            self._record(trainer, self._measure_first(trainer, pl_module), trainer.current_epoch, "start")
         self._module = weakref.ref(pl_module)
 
     @override
@@ -254,7 +272,8 @@ class ForgettingEval(Callback):
         if not self.baseline:
             return {}
         probes = {name: probe.state_dict() for name, probe in self.probes.items()}
-        return {"baseline": dict(self.baseline), "history": list(self.history), "probes": probes}
+        items = {name: items.state_dict() for name, items in self._items.items()}
+        return {"baseline": dict(self.baseline), "history": list(self.history), "probes": probes, "items": items}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -311,9 +330,15 @@ class ForgettingEval(Callback):
                     "figures under the same tags: give it another name in one of them"
                 )
 
-    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-        values = {name: evaluate(trainer, module, name, probe) for name, probe in self.probes.items()}
-        for name, value in values.items():
+    def _measure(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> dict[str, Measurement]:
+        measured = {name: measure(trainer, module, name, probe, within) for name, probe in self.probes.items()}
+        for name, measurement in measured.items():
+            value = measurement.value
             # An infinite perplexity is a capability that is gone; it has a retention, 0.
             ratio = math.isfinite(value) or (
                 self.baseline and value == math.inf and not self.probes[name].higher_is_better
@@ -327,25 +352,49 @@ class ForgettingEval(Callback):
                         else "the model has probably diverged; lower the learning rate or resume from a checkpoint"
                     )
                 )
-        return values
+        return measured
 
-    def _require_ratios(self, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if value <= 0:
+    def _measure_first(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Measurement]:
+        """The first evaluation of a run, which also measures the baseline if there is none yet."""
+        if self.baseline:
+            return self._measure(trainer, module)
+        for probe in self.probes.values():
+            probe.begin_baseline()
+        adapted = has_adapters(module)
+        base = self._measure(trainer, module, partial(adapters_off, module) if adapted else nullcontext)
+        values = {name: measurement.value for name, measurement in base.items()}
+        if batch_limit(trainer) is None:
+            require_ratios(self.probes, values)
+            self._require_intervals(base)
+        self.baseline = values
+        self._items = {name: m.items for name, m in base.items() if m.items is not None}
+        if not adapted:
+            return base
+        now = self._measure(trainer, module)
+        for name, measurement in now.items():
+            if not math.isclose(measurement.value, values[name], rel_tol=_IDENTITY):
+                rank_zero_warn(
+                    f"the module's adapters are not the identity before the first step: the probe {name!r} has "
+                    f"{self.probes[name].name}={measurement.value:g} with them and {values[name]:g} without; the "
+                    "retention is relative to the base model without them"
+                )
+        return now
+
+    def _require_intervals(self, base: Mapping[str, Measurement]) -> None:
+        for name, measurement in base.items():
+            if self.judged_by == "retention_low" and (measurement.items is None or len(measurement.items) < 2):
                 raise ValueError(
-                    f"the probe {name!r} has {self.probes[name].name}={value:g} before the first step, and retention "
-                    "is a ratio to that: use a capability that the model has, and a metric that is above 0 for it"
+                    f'judged_by="retention_low" needs an interval, and the probe {name!r} has no items to draw from '
+                    "(its metric keeps neither sums nor lists, or there is a single batch that cannot be split): "
+                    'judge by "retention", or use another metric'
                 )
 
-    def _record(self, trainer: pl.Trainer, values: Mapping[str, float], epoch: int, moment: Moment) -> None:
+    def _record(self, trainer: pl.Trainer, measured: Mapping[str, Measurement], epoch: int, moment: Moment) -> None:
         scalars: dict[str, float] = {}
         retentions = []
-        for name, value in values.items():
-            retention = _retention(self.baseline[name], value, self.probes[name].higher_is_better)
-            scalars[f"forgetting/{name}/{self.probes[name].name}"] = value
-            scalars[f"forgetting/{name}/retention"] = retention
-            scalars[f"forgetting/{name}/forgetting"] = 1 - retention
-            retentions.append(retention)
+        for name, measurement in measured.items():
+            scalars |= figures_of(name, self.probes[name], self.baseline[name], self._items.get(name), measurement)
+            retentions.append(scalars[f"forgetting/{name}/retention"])
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = _others(trainer, self)
         pending = [o for o in others if callbacks.index(o) > callbacks.index(self) and o.is_due(trainer, moment)]
@@ -362,17 +411,14 @@ class ForgettingEval(Callback):
     def _guard(self, trainer: pl.Trainer) -> None:
         assert self.min_retention is not None
         latest = self.history[-1]
-        lost = {
-            name: latest[f"forgetting/{name}/retention"]
-            for name in self.probes
-            if latest[f"forgetting/{name}/retention"] < self.min_retention
-        }
+        judged = {name: latest.get(f"forgetting/{name}/{self.judged_by}", -math.inf) for name in self.probes}
+        lost = {name: value for name, value in judged.items() if value < self.min_retention}
         if not lost:
             return
         figures = ", ".join(f"{name} {retention:.4f}" for name, retention in lost.items())
         by_epochs = self.schedule.every_n_train_steps is None
         when = f"after epoch {latest['epoch']}" if by_epochs else f"at step {latest['step']}"
-        message = f"retention fell below min_retention={self.min_retention:g} {when}: {figures}"
+        message = f"{self.judged_by} fell below min_retention={self.min_retention:g} {when}: {figures}"
         if self.on_breach == "raise":
             raise RuntimeError(message)
         if self.on_breach == "warn":
@@ -380,12 +426,6 @@ class ForgettingEval(Callback):
         else:
             rank_zero_info(f"ForgettingEval stops the training: {message}")
             trainer.should_stop = True
-
-
-def _retention(before: float, now: float, higher_is_better: bool) -> float:
-    """The share of a capability that is left; NaN where the ratio does not exist, which only fast_dev_run lets pass."""
-    numerator, denominator = (now, before) if higher_is_better else (before, now)
-    return numerator / denominator if denominator else math.nan
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from kappa_lightning.evaluation.batches import Share, SharedBatches
+from kappa_lightning.evaluation.items import ItemRecorder, Items, key_of
 from kappa_lightning.evaluation.trace import undisturbed
 from kappa_lightning.probes import Probe
 from kappa_lightning.processes import Processes
@@ -85,8 +86,32 @@ def evaluate_probe(module: nn.Module, probe: Probe) -> float:
     return run_probe(module, probe, Circumstances())
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What an evaluation found.
+
+    Attributes:
+        value: the metric over all batches.
+        items: what each sample or batch added to it, if the metric can be taken apart.
+    """
+
+    value: float
+    items: Items | None = None
+
+
 def run_probe(module: nn.Module, probe: Probe, circumstances: Circumstances, name: str | None = None) -> float:
-    """A probe's metric on a module under what a Trainer adds; see :func:`evaluate_probe`.
+    """A probe's metric on a module under what a Trainer adds; see :func:`measure_probe`."""
+    return measure_probe(module, probe, circumstances, name).value
+
+
+def measure_probe(
+    module: nn.Module,
+    probe: Probe,
+    circumstances: Circumstances,
+    name: str | None = None,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Measurement:
+    """A probe's metric on a module under what a Trainer adds, and its items; see :func:`evaluate_probe`.
 
     Several processes share the batches, each of which counts once, and all get the same value; it differs from that of
     one process only in the order of its sums.
@@ -96,25 +121,29 @@ def run_probe(module: nn.Module, probe: Probe, circumstances: Circumstances, nam
         probe: how.
         circumstances: what a Trainer adds.
         name: the probe's, for the notes of errors that its own code raises.
+        within: makes a context around all batches, inside which what it changes in the module is put back.
     """
     share, processes = circumstances.share, circumstances.processes
     device = circumstances.device or _device_of(module)
     batches = SharedBatches(probe.dataloader, share, limit=circumstances.limit)
     # In lockstep a process that fails leaves the others in a forward pass, where they cannot be told.
     together = Processes() if share.lockstep else processes
-    with undisturbed(module), circumstances.evaluating():
+    with undisturbed(module), circumstances.evaluating(), within():
         _seed_alike(processes)
         probe.metric.reset()
         probe.metric.to(device)
+        recorder = ItemRecorder(probe)
         try:
             count = 0
             with together.failing_together():
                 for batch, counts in circumstances.track(batches, batches.length):
+                    key = key_of(batch) if counts and recorder.works else ""
                     batch = probe.prepare(batch, circumstances.convert)
                     batch = move_data_to_device(batch, device)
                     with circumstances.precision():
                         if counts:
-                            probe.update(module, batch)
+                            recorder.begin_batch()
+                            recorder.end_batch(key, probe.update(module, batch), batch)
                         else:
                             probe.step(module, batch)
                     count += 1
@@ -122,7 +151,7 @@ def run_probe(module: nn.Module, probe: Probe, circumstances: Circumstances, nam
                     raise ValueError("the dataloader gave no batch: there is nothing to measure")
             with _added_up(probe.metric, share, batches.split):
                 value = probe.compute()
-            return processes.broadcast(value)
+            return Measurement(processes.broadcast(value), recorder.items(processes, share, batches.split))
         except Exception as error:
             # Nothing is caught for good: the note tells whose step or metric the error comes from.
             if name is not None:

@@ -2,6 +2,7 @@
 
 from kappa_lightning.probes.accuracy import AccuracyProbe
 from kappa_lightning.probes.agreement import AgreementProbe
+from kappa_lightning.probes.content import content_key
 from kappa_lightning.probes.generated import generate_text, load_text, save_text
 from kappa_lightning.probes.inputs import GeneratedText, ReferenceInputs, TaskInputs, resolve_reference
 from kappa_lightning.probes.output import Bernoulli, Categorical, Gaussian, Joint, OutputDistribution, similarity
@@ -24,6 +25,7 @@ __all__ = [
     "SimilarityProbe",
     "Step",
     "TaskInputs",
+    "content_key",
     "generate_text",
     "known_length",
     "load_text",

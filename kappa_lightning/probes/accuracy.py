@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class AccuracyProbe(Probe):
         dataloader: the batches.
         logits: ``logits(module, batch)`` returns shape (..., classes) for labels of shape (...); by default
             ``module(inputs)`` or its attribute ``logits``.
+        chance: the accuracy of guessing. ``"uniform"`` is one over the number of classes; where one label is much more
+            frequent than the others, give its share. ``None`` leaves it open.
 
     Example:
         >>> import torch
@@ -33,9 +35,25 @@ class AccuracyProbe(Probe):
         0.6667
     """
 
-    def __init__(self, dataloader: Iterable[Any], logits: Step | None = None) -> None:
+    def __init__(
+        self,
+        dataloader: Iterable[Any],
+        logits: Step | None = None,
+        *,
+        chance: float | Literal["uniform"] | None = "uniform",
+    ) -> None:
         self._logits = logits or class_logits
-        super().__init__(dataloader, MeanCorrect(), self._correct, name="accuracy")
+        self._classes: int | None = None
+        self._is_uniform = chance == "uniform"
+        known = None if isinstance(chance, str) and self._is_uniform else chance
+        super().__init__(dataloader, MeanCorrect(), self._correct, name="accuracy", chance=known)  # type: ignore[arg-type]
+
+    @property
+    def chance(self) -> float | None:
+        """The accuracy of guessing; with ``"uniform"`` known once a batch has been measured."""
+        if self._is_uniform:
+            return None if self._classes is None else 1 / self._classes
+        return super().chance
 
     def _correct(self, module: nn.Module, batch: Any) -> Tensor:
         labels: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
@@ -45,5 +63,6 @@ class AccuracyProbe(Probe):
                 f"AccuracyProbe needs class numbers of shape {tuple(scores.shape[:-1])} for logits of shape "
                 f"{tuple(scores.shape)}, and the labels are {labels.dtype} of shape {tuple(labels.shape)}"
             )
+        self._classes = scores.shape[-1]
         correct = scores.argmax(-1) == labels
         return torch.as_tensor(correct)[labels != IGNORED].float()

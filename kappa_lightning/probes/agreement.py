@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kappa_lightning.fingerprint import fingerprint, hash_of_text
+from kappa_lightning.probes.content import content_key
 from kappa_lightning.probes.distributions import describe, divergence
 from kappa_lightning.probes.logits import causal_logits
 from kappa_lightning.probes.metrics import TokenAgreement
@@ -137,6 +137,12 @@ class AgreementProbe(Probe):
                 )
             self._references.adopt(key, reference)
 
+    def split(self, result: Tensor, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The divergences of each sequence, since the tokens of one are no independent samples."""
+        mask = batch.get("attention_mask")
+        lengths = [batch["input_ids"].shape[1]] * len(batch["input_ids"]) if mask is None else mask.sum(1).tolist()
+        return [part for part in torch.split(result, lengths) if len(part)]
+
     def _divergences(self, module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             raise TypeError("AgreementProbe needs batches that are mappings with an entry input_ids")
@@ -185,18 +191,4 @@ def batch_key(batch: Mapping[str, Any]) -> str:
         >>> batch_key(one) == batch_key(other), batch_key(one) == batch_key({"input_ids": torch.tensor([[2, 1]])})
         (True, False)
     """
-    return f"{hash_of_text(' '.join(_contents(batch))):016x}"
-
-
-def _contents(value: Any, path: str = "") -> Iterator[str]:
-    if isinstance(value, Tensor):
-        yield f"{path}={fingerprint(value)}"
-    elif isinstance(value, Mapping):
-        for name in sorted(value):
-            if name != "labels":
-                yield from _contents(value[name], f"{path}.{name}")
-    elif isinstance(value, list | tuple):
-        for number, part in enumerate(value):
-            yield from _contents(part, f"{path}.{number}")
-    elif isinstance(value, str | int | float | bool | torch.dtype | None):
-        yield f"{path}={value!r}"
+    return content_key(batch, but=("labels",))

@@ -24,6 +24,8 @@ class PerplexityProbe(Probe):
         dataloader: the batches.
         logits: ``logits(module, batch)`` returns shape (batch, tokens, vocabulary); by default
             ``module(**batch without labels)`` or its attribute ``logits``.
+        chance: the perplexity of a model that knows nothing of the text, such as one that knows how frequent each token
+            is (at most the number of tokens in the vocabulary).
 
     Example:
         >>> import torch
@@ -34,9 +36,11 @@ class PerplexityProbe(Probe):
         10.0
     """
 
-    def __init__(self, dataloader: Iterable[Mapping[str, Any]], logits: Step | None = None) -> None:
+    def __init__(
+        self, dataloader: Iterable[Mapping[str, Any]], logits: Step | None = None, *, chance: float | None = None
+    ) -> None:
         self._logits = logits or causal_logits
-        super().__init__(dataloader, TokenPerplexity(), self._predictions, name="perplexity")
+        super().__init__(dataloader, TokenPerplexity(), self._predictions, name="perplexity", chance=chance)
 
     def _predictions(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:

@@ -11,6 +11,9 @@ from torchmetrics import Metric
 
 Step = Callable[[Any, Any], Any]
 
+FIGURES = ("retention", "retention_low", "retention_high", "forgetting", "above_chance", "nats", "recovered")
+"""What is logged beside a probe's metric, and so no name of a metric."""
+
 
 class Probe:
     """A capability to keep: batches, a metric, and the step from a batch to what the metric takes.
@@ -22,6 +25,7 @@ class Probe:
             of keyword arguments. The module is in eval mode, without gradients, the batch on its device. Of several
             processes each runs it on a share of the batches.
         name: the metric's name in the logs; by default its class in snake case.
+        chance: the metric of a model that has not the capability, such as one that guesses; ``None`` if not known.
 
     Raises:
         TypeError: if ``metric`` is no single torchmetrics ``Metric``, or ``step`` cannot be called.
@@ -42,7 +46,15 @@ class Probe:
         Probe(binary_accuracy over 2 batches, higher is better)
     """
 
-    def __init__(self, dataloader: Iterable[Any], metric: Metric, step: Step, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        dataloader: Iterable[Any],
+        metric: Metric,
+        step: Step,
+        *,
+        name: str | None = None,
+        chance: float | None = None,
+    ) -> None:
         if not isinstance(metric, Metric):
             raise TypeError(
                 f"metric is a {type(metric).__name__}, not one torchmetrics Metric; give each metric a probe of its own"
@@ -65,7 +77,10 @@ class Probe:
         self.metric = metric
         self.step = step
         self.name = name or _snake_case(type(metric).__name__)
-        if self.name in ("retention", "forgetting"):
+        if chance is not None and (isinstance(chance, bool) or not isinstance(chance, int | float)):
+            raise TypeError(f"chance={chance!r} is no number: give the metric of a model that guesses")
+        self._chance = None if chance is None else float(chance)
+        if self.name in FIGURES:
             raise ValueError(f"name={self.name!r} is the tag of another figure: choose another")
 
     def __repr__(self) -> str:
@@ -78,6 +93,11 @@ class Probe:
     def higher_is_better(self) -> bool:
         """The direction of the metric."""
         return bool(self.metric.higher_is_better)
+
+    @property
+    def chance(self) -> float | None:
+        """The metric of a model that has not the capability; ``None`` if it is not known."""
+        return self._chance
 
     def begin_baseline(self) -> None:
         """Called before the pass over the batches that measures the baseline, on the pretrained weights."""
@@ -93,24 +113,52 @@ class Probe:
         """The batch with its inputs in the precision of the module; ``convert`` casts the floats of a collection."""
         return convert(batch)
 
-    def update(self, module: nn.Module, batch: Any) -> None:
+    def update(self, module: nn.Module, batch: Any) -> Any:
         """Run the step on a batch and give its result to the metric.
+
+        Returns:
+            What the step returned.
 
         Raises:
             TypeError: if the step returns something that ``metric.update`` cannot take.
         """
         result = self.step(module, batch)
+        self.give(self.metric, result)
+        return result
+
+    def give(self, metric: Metric, result: Any) -> None:
+        """Update a metric with what the step returned, or a part of it."""
         if isinstance(result, Tensor):
-            self.metric.update(result)
+            metric.update(result)
         elif isinstance(result, Mapping):
-            self.metric.update(**result)
+            metric.update(**result)
         elif isinstance(result, tuple | list):
-            self.metric.update(*result)
+            metric.update(*result)
         else:
             raise TypeError(
                 f"step returned a {type(result).__name__}; {type(self.metric).__name__}.update takes a tensor, a tuple "
                 "of its positional arguments or a dict of its keyword arguments"
             )
+
+    def split(self, result: Any, batch: Any) -> list[Any] | None:
+        """What the step returned, sample by sample; ``None`` if it cannot be split.
+
+        Here every tensor is split along its first dimension, and every list into its entries.
+        """
+        values = [result] if isinstance(result, Tensor) else result
+        values = list(values.values()) if isinstance(values, Mapping) else values
+        if not isinstance(values, tuple | list) or not values:
+            return None
+        if not all((isinstance(value, Tensor) and value.ndim > 0) or isinstance(value, list) for value in values):
+            return None
+        counts = {len(value) for value in values}
+        if len(counts) != 1:
+            return None
+        (count,) = counts
+        parts = [[value[place : place + 1] for value in values] for place in range(count)]
+        if isinstance(result, Tensor):
+            return [part[0] for part in parts]
+        return [dict(zip(result, part, strict=True)) for part in parts] if isinstance(result, Mapping) else parts
 
     def compute(self) -> float:
         """The metric's value over all batches so far.

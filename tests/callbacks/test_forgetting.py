@@ -85,7 +85,7 @@ def test_accuracy_of_the_real_model_before_and_after(tmp_path: Path) -> None:
             predicted = reference(tokens).numpy().argmax(-1)
         expected.append(float(np.mean(predicted == labels.numpy())))
 
-    callback = ForgettingEval({"old task": AccuracyProbe(old)})
+    callback = ForgettingEval({"old task": AccuracyProbe(old, chance=None)})
     fit(tmp_path, module, Spy(on_train_start=by_hand, on_train_epoch_end=by_hand), callback, max_epochs=3)
     assert _column(callback, "forgetting/old task/accuracy") == pytest.approx(expected, rel=1e-6)
     assert callback.baseline["old task"] == pytest.approx(expected[0], rel=1e-6)
@@ -265,7 +265,7 @@ def test_training_with_forgetting_eval_is_bit_identical_to_training_without(
 ) -> None:
     probes = {
         "old": Probe(DataLoader(loader().dataset, batch_size=5, shuffle=True), Up(), _dirty),
-        "accuracy": AccuracyProbe(loader()),
+        "accuracy": AccuracyProbe(loader(), chance=None),
     }
     modules = [_half_asleep(), _half_asleep()]
     for module, callbacks in zip(modules, ([], [ForgettingEval(probes)]), strict=True):

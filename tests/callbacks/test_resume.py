@@ -35,7 +35,7 @@ class Run:
         self.module = TinyNet(adamw_with_schedule)
         self.freeze = KappaFreezeCallback(num_tensors=2, always_train=["head.bias"])
         self.monitor = KappaMonitor(tensors="all")
-        self.forgetting = ForgettingEval({"old": AccuracyProbe(loader())})
+        self.forgetting = ForgettingEval({"old": AccuracyProbe(loader(), chance=None)})
         callbacks = [self.freeze, self.monitor, self.forgetting][::order]
         self.trainer = make_trainer(root, *further, *callbacks, **options)
         self.trainer.fit(self.module, loader(), loader() if validate else None, ckpt_path=ckpt_path)

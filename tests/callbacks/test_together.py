@@ -33,7 +33,7 @@ def _make(kinds: Sequence[str]) -> dict[str, Any]:
     makers: dict[str, Callable[[], Callback]] = {
         "freeze": lambda: KappaFreezeCallback(num_tensors=2),
         "monitor": lambda: KappaMonitor(),
-        "forgetting": lambda: ForgettingEval({"old": AccuracyProbe(loader())}),
+        "forgetting": lambda: ForgettingEval({"old": AccuracyProbe(loader(), chance=None)}),
     }
     return {kind: makers[kind]() for kind in kinds}
 

@@ -88,7 +88,7 @@ def probes() -> dict[str, Probe]:
     scores = torch.arange(11.0)
     pairs = [(tokens[i : i + 4], tokens[11 + i : 15 + i], scores[i : i + 4]) for i in range(0, 8, 4)]
     return {
-        "classes": AccuracyProbe(accuracy),
+        "classes": AccuracyProbe(accuracy, chance=None),
         "loss": Probe(accuracy, Mean(), lambda module, batch: module.loss(batch)),
         "pairs": SimilarityProbe([*pairs, (tokens[8:11], tokens[19:22], scores[8:11])], lambda module, x: module(x)),
     }

@@ -103,11 +103,11 @@ def evaluate_with(name: str, root: Path, make_probe: Any) -> Any:
 def shuffled() -> Probe:
     """The order comes from random numbers that differ between the processes."""
     torch.manual_seed(int(os.environ["RANK"]))
-    return AccuracyProbe(DataLoader(data(), batch_size=5, sampler=RandomSampler(data())))
+    return AccuracyProbe(DataLoader(data(), batch_size=5, sampler=RandomSampler(data())), chance=None)
 
 
 def streamed() -> Probe:
-    return AccuracyProbe(Batches(batch_size=5))
+    return AccuracyProbe(Batches(batch_size=5), chance=None)
 
 
 class Batches:
@@ -121,7 +121,7 @@ class Batches:
 
 
 def single() -> Probe:
-    return AccuracyProbe(Batches(batch_size=24))
+    return AccuracyProbe(Batches(batch_size=24), chance=None)
 
 
 def listed() -> Probe:

@@ -41,7 +41,7 @@ def launch(strategy: str, root: Path) -> dict[str, Any]:
     os.environ.pop("MASTER_PORT", None)
     module = TinyNet()
     freeze, monitor = KappaFreezeCallback(num_tensors=2, profile=root / "profile.json"), KappaMonitor()
-    forgetting = ForgettingEval({"old": AccuracyProbe(loader())})
+    forgetting = ForgettingEval({"old": AccuracyProbe(loader(), chance=None)})
     trainer = make_trainer(root, freeze, monitor, forgetting, LeaveAtExit(), strategy=strategy, devices=2)
     trainer.fit(module, loader())
     return {
@@ -66,7 +66,11 @@ def test_processes_that_lightning_starts(tmp_path: Path, strategy: str) -> None:
 
 
 def _callbacks() -> list[Any]:
-    return [KappaFreezeCallback(num_tensors=2), KappaMonitor(), ForgettingEval({"old": AccuracyProbe(loader())})]
+    return [
+        KappaFreezeCallback(num_tensors=2),
+        KappaMonitor(),
+        ForgettingEval({"old": AccuracyProbe(loader(), chance=None)}),
+    ]
 
 
 def travel(processes: int, root: Path) -> list[Any]:
