@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo demo-captioning test lint types clean help
+.PHONY: demo demo-captioning test test-min lint types docs package clean help
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,24 @@ lint: $(VENV)/.dev ## Check style and formatting
 types: $(VENV)/.dev ## Check types
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs ## Build the site into build/site, without a network and without warnings
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+package: $(VENV)/.package ## Build the wheel and the sdist into dist/, check them, and run the wheel in an empty environment
+	rm -rf build/lib dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	rm -rf build/empty && $(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt dist/*.whl
+	cd build && empty/bin/kappa-lightning --version && empty/bin/python -c 'import kappa_lightning; kappa_lightning.KappaFreezeCallback()'
+
+test-min: ## Run the tests with the oldest versions that pyproject.toml allows, in an environment of their own
+	$(PYTHON) -m venv $(VENV)-min
+	$(VENV)-min/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-min.txt --editable '.[dev]'
+	$(VENV)-min/bin/python -m pytest $(ARGS)
+
 clean: ## Remove the environment and what runs wrote
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-min build dist runs
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 …"'
@@ -38,4 +54,12 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
+
+$(VENV)/.package: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt build twine
 	touch $@

@@ -121,10 +121,11 @@ def rooms(found: Iterable[Arrow], package: str) -> dict[str, list[str]]:
     graph: dict[str, set[str]] = {}
     for arrow in found:
         left, right = arrow.importer.split("."), arrow.imported.split(".")
-        if left[0] == right[0] == package and len(left) > 1:
+        if left[0] == package and len(left) > 1:
             imported = graph.setdefault(left[1], set())
-            if len(right) > 1 and right[1] != left[1]:
+            if right[0] == package and len(right) > 1 and right[1] != left[1]:
                 imported.add(right[1])
+                graph.setdefault(right[1], set())
     return {room: sorted(imported) for room, imported in sorted(graph.items())}
 
 
