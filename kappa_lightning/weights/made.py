@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -161,8 +162,14 @@ def _scaled_by_channel(layer: nn.Module) -> Tensor:
     return _standardized_by_channel(layer) * gain * layer.scale  # type: ignore[operator]
 
 
-# Layers that standardize their weight in forward, of transformers (BiT, hybrid ViT) and timm.
+def _normalized_by_column(layer: nn.Module) -> Tensor:
+    """Columns of length 1, as the cosine classifiers of the wav2vec 2.0 family have it."""
+    return functional.normalize(layer.weight, dim=0)  # type: ignore[arg-type]
+
+
+# Layers that standardize their weight in forward, of transformers (BiT, hybrid ViT, speaker verification) and timm.
 _STANDARDIZED: dict[str, Callable[[nn.Module], Tensor]] = {
+    "AMSoftmaxLoss": _normalized_by_column,
     "WeightStandardizedConv2d": _standardized_by_channel,
     "StdConv2d": _standardized_by_channel,
     "StdConv2dSame": _standardized_by_channel,

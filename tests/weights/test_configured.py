@@ -3,13 +3,15 @@
 import json
 import sys
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
+from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kappa_lightning import KappaProfile
+from kappa_lightning import KappaFreezeCallback, KappaProfile
 from kappa_lightning.weights import checkpoint_weights
 
 DECODER = {
@@ -114,6 +116,29 @@ def test_profile_without_the_config_is_refused_where_the_layer_reads_the_tensor_
             profile = scan(tmp_path / "w.safetensors")
         with pytest.raises(ValueError, match=r"up\.weight as a \w+, and its layer uses it as a transposed convolution"):
             profile.check(net)
+
+
+class Vocoder(BoringModel):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose1d(32, 32, 1)
+
+    def forward(self, x):
+        return self.layer(self.up(x.unsqueeze(-1)).squeeze(-1))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_callback_refuses_a_row_whose_layer_reads_the_tensor_in_another_way_before_anything_changes(tmp_path):
+    module = Vocoder()
+    save_file(module.state_dict(), tmp_path / "w.safetensors")
+    callback = KappaFreezeCallback(num_tensors=1, profile=scan(tmp_path / "w.safetensors"))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[callback],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"up\.weight .*its layer uses it as a transposed convolution"):
+        trainer.fit(module)
+    assert all(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_profile_of_a_version_that_kept_no_layout_is_still_read(tmp_path):

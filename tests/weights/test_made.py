@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.data import DataLoader, TensorDataset
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+from transformers.models.wav2vec2.modeling_wav2vec2 import AMSoftmaxLoss
 
 from kappa_lightning import KappaFreezeCallback, KappaMonitor, KappaProfile
 from kappa_lightning.weights import find_weights
@@ -107,6 +108,14 @@ def test_standardized_convolution_is_read_as_its_forward_standardizes_it():
     weight = only(layer)
     assert weight.name == "weight"
     torch.testing.assert_close(weight.matrices()[0], rows_out(layer, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_cosine_classifier_is_read_with_its_columns_normalized():
+    layer = AMSoftmaxLoss(5, 3)
+    with torch.no_grad():
+        layer.weight.mul_(torch.tensor([1.0, 10.0, 100.0]))
+    (row,) = KappaProfile.from_model(layer, progress=False)
+    assert row.kappa == pytest.approx(kappa(layer.weight / layer.weight.norm(dim=0)), rel=2e-3)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
