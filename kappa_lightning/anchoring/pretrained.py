@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from kappa_lightning.files import replacing
 from kappa_lightning.weights.names import plain_name
 from kappa_lightning.weights.quantized import is_quantized
-from kappa_lightning.weights.sharded import is_sharded, place_of, whole
+from kappa_lightning.weights.sharded import is_sharded, place_of, reshard, whole
 
 Result = TypeVar("Result")
 
@@ -231,6 +231,8 @@ def call_pretrained(
         function: runs without gradients.
         arguments: further ones of the function.
     """
+    # What an earlier pass has gathered hides the shards, and would be used again instead of them.
+    reshard(module)
     tensors = tracked(module, every=True)
     with torch.no_grad():
         in_place = {name: tensors[name] for name in state if is_sharded(tensors[name]) or name.endswith("]")}
@@ -240,7 +242,10 @@ def call_pretrained(
             swapped = {
                 f"module.{stored[name]}": state[name].to(tensors[name].device) for name in state if name not in in_place
             }
-            return torch.func.functional_call(_Call(module), swapped, (function, *arguments))  # type: ignore[no-any-return]
+            try:
+                return torch.func.functional_call(_Call(module), swapped, (function, *arguments))  # type: ignore[no-any-return]
+            finally:
+                reshard(module)
 
 
 @contextmanager

@@ -55,14 +55,16 @@ class Strength:
 
     def factor(self, device: torch.device) -> float | Tensor:
         """λ as a factor of a loss on a device, without waiting for it."""
-        return self._value.to(device, torch.float32) if isinstance(self._value, Tensor) else self._value
+        if self.budget is None:
+            return float(self._value)
+        # Always a tensor of one precision, so that a resumed run rounds as the first one did.
+        return torch.as_tensor(self._value, dtype=_precision(device), device=device)
 
     def update(self, divergence: Tensor) -> None:
         """Move λ by a divergence in nats, the same on all processes; one that is not finite moves nothing."""
         if self.budget is None:
             return
-        # On the device, so that no step waits for it; float64 where there is any, so that a resumed run is the same.
-        kind = torch.float32 if divergence.device.type == "mps" else torch.float64
+        kind = _precision(divergence.device)
         value = torch.as_tensor(self._value, dtype=kind, device=divergence.device)
         excess = (divergence.detach().to(kind) / self.budget - 1).clamp(-_CLIP, _CLIP).nan_to_num(0.0)
         self._value = (value * torch.exp(self.rate * excess)).clamp(*self._limits)
@@ -75,6 +77,10 @@ class Strength:
         """Go on from a checkpoint's λ; a fixed weight stays what it is."""
         if self.budget is not None:
             self._value = float(state["value"])
+
+
+def _precision(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_strength(strength: float, max_divergence: float | None, rate: float) -> None:

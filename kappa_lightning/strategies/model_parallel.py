@@ -15,13 +15,13 @@ import torch
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from kappa_lightning.evaluation import Share
 from kappa_lightning.processes import Processes
 from kappa_lightning.strategies.adapter import StrategyAdapter
 from kappa_lightning.strategies.buffers import those_of_the_first
+from kappa_lightning.weights.sharded import reshard
 
 
 class ModelParallelAdapter(StrategyAdapter):
@@ -79,10 +79,7 @@ class ModelParallelAdapter(StrategyAdapter):
 
     @override
     def settle(self, module: pl.LightningModule) -> None:
-        """Free what a forward pass gathered: without a backward pass FSDP2 leaves the root's parameters whole."""
-        for submodule in module.modules():
-            if isinstance(submodule, FSDPModule):
-                submodule.reshard()
+        reshard(module)
 
 
 def _checkpoint_to_come(trainer: pl.Trainer) -> str | os.PathLike[str] | None:

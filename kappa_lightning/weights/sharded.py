@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -63,6 +63,17 @@ def collect(tensor: DTensor, places: Sequence[Place], owner: int) -> Tensor | No
             elif rank == sender:
                 torch.distributed.send(part, dst=owner)
     return result
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what a forward pass gathered: without a backward pass FSDP2 leaves the root's parameters whole."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
