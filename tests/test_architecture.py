@@ -63,6 +63,10 @@ LATE = [
     ("kappa_lightning.cli.commands.*", "kappa_lightning.figures", "--help imports all commands: no Matplotlib"),
     ("kappa_lightning.cli.commands.*", "kappa_lightning.callbacks*", "--help imports all commands: no Lightning"),
     ("kappa_lightning.cli.commands.*", "kappa_lightning.probes*", "--help imports all commands: no torchmetrics"),
+    ("kappa_lightning.cli.commands.walk_back", "[?]", "a function that the user names"),
+    ("kappa_lightning.cli.commands.*", "kappa_lightning.anchoring*", "--help imports all commands: no torchmetrics"),
+    ("kappa_lightning.cli.commands.*", "kappa_lightning.evaluation*", "--help imports all commands: no torchmetrics"),
+    ("kappa_lightning.cli.commands.*", "kappa_lightning.probes*", "--help imports all commands: no torchmetrics"),
     ("kappa_lightning.cli.commands.*", "kappa_lightning.pilot*", "--help imports all commands: no Lightning"),
 ]
 """Imports of our own modules in a function that are meant: who and what as globs ([?]: a name made up), and why."""

@@ -74,7 +74,7 @@ class WalkPath:
         self._filters: dict[str, FilteredUpdate] = {}
         if along == "singular_values":
             self._require_plain()
-        self._group_of = _groups(list(self._tensors), along, depth_groups)
+        self._group_of = groups_of(list(self._tensors), along, depth_groups)
         self.groups = tuple(dict.fromkeys(self._group_of.values()))
         self._trained = {name: local(tensor).to("cpu", copy=True) for name, tensor in self._tensors.items()}
         if along == "singular_values":
@@ -156,7 +156,8 @@ def _adapters(tensors: Mapping[str, Tensor], pretrained: PretrainedState) -> tup
     return scaled, kept
 
 
-def _groups(names: Sequence[str], along: Along, depth_groups: int) -> dict[str, str]:
+def groups_of(names: Sequence[str], along: Along, depth_groups: int) -> dict[str, str]:
+    """For each tensor the name of its factor; see :class:`WalkPath`."""
     if along in ("all", "singular_values"):
         return dict.fromkeys(names, along)
     if along == "role":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,13 +14,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from kappa_lightning.anchoring.choice import Goal, Point, check_points, num_points, search
+from kappa_lightning.anchoring.halves import HalvedProbes
 from kappa_lightning.anchoring.path import Along, WalkPath
 from kappa_lightning.anchoring.table import walk_table
+from kappa_lightning.callbacks.evaluation import evaluate
 from kappa_lightning.callbacks.forgetting import ForgettingEval
 from kappa_lightning.callbacks.pretrained import PretrainedKeeper
 from kappa_lightning.callbacks.progress import track
 from kappa_lightning.callbacks.reporting import log_figure, log_scalars, shows_pictures
-from kappa_lightning.callbacks.walk_measures import HalvedProbes, validated
+from kappa_lightning.callbacks.walk_measures import validated
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
 
@@ -164,7 +167,7 @@ class WalkBack(Callback):
                 f"monitor={self.monitor!r} is measured by the validation loop, and none runs: give validation data, "
                 "or a Probe as monitor"
             )
-        self._halved = HalvedProbes(*self._probes(trainer))
+        self._halved = HalvedProbes(*self._probes(trainer), partial(evaluate, trainer, pl_module))
         # By now a checkpoint is restored under every strategy, and whoever freezes has frozen.
         self._keeper.take(trainer, pl_module, "cpu")
         assert self._keeper.state is not None
@@ -207,6 +210,7 @@ class WalkBack(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._keeper.forget_checkpoint()
+        self._halved = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -217,6 +221,10 @@ class WalkBack(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
         self._keeper.restore(state_dict.get("pretrained"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What refers to one process' objects stays out of a copy and of what a spawned process gets.
+        return self.__dict__ | {"_halved": None}
 
     def _probes(self, trainer: pl.Trainer) -> tuple[dict[str, Probe], bool]:
         """The probes by name, and whether somebody else has begun their baselines."""
@@ -243,11 +251,11 @@ class WalkBack(Callback):
             points = self._measured(trainer, module, path, self._halved)
             best = self.goal.best(points)
             path.go_to(0.0)
-            self._halved.begin_report(trainer, module)
+            self._halved.begin_report()
             reports = {}
             for label, factors in (("trained", dict.fromkeys(path.groups, 1.0)), ("chosen", best.factors)):
                 path.go_to(factors)
-                reports[label] = self._halved.report(trainer, module)
+                reports[label] = self._halved.report()
             if stay and isinstance(self.monitor, str):
                 # Leaves the validation's figures at this point for whoever reads them after fit.
                 validated(trainer, self.monitor, keep=True)
@@ -268,7 +276,7 @@ class WalkBack(Callback):
     ) -> list[Point]:
         # At the pretrained end first, where retention has its measure.
         path.go_to(0.0)
-        probes.begin_choice(trainer, module)
+        probes.begin_choice()
 
         def measure(factors: Mapping[str, float]) -> Point:
             path.go_to(factors)
@@ -276,8 +284,8 @@ class WalkBack(Callback):
             if isinstance(self.monitor, str):
                 monitor = validated(trainer, self.monitor)
             else:
-                monitor = probes.whole(trainer, module, "monitor", self.monitor)
-            return Point(dict(factors), monitor, probes.choice(trainer, module))
+                monitor = evaluate(trainer, module, "monitor", self.monitor)
+            return Point(dict(factors), monitor, probes.choice())
 
         points = self.points if not trainer.fast_dev_run else (0.0, 1.0)  # type: ignore[attr-defined]
         steps = search(measure, self.goal, path.groups, points)
