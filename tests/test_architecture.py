@@ -39,6 +39,7 @@ ORDER = [
     "kappa_lightning.anchoring",
     "kappa_lightning.strategies",
     "kappa_lightning.callbacks",
+    "kappa_lightning.integrations",
     "kappa_lightning.pilot",
     "kappa_lightning.cli",
     "kappa_lightning.__main__",
@@ -52,7 +53,7 @@ ORDER = [
     "benchmarks",
 ]
 
-WITH_LIGHTNING = {"probes", "evaluation", "strategies", "callbacks", "pilot", "cli", "__main__"}
+WITH_LIGHTNING = {"probes", "evaluation", "strategies", "callbacks", "integrations", "pilot", "cli", "__main__"}
 """Rooms that may import Lightning; the others work with torch alone."""
 
 LATE = [
