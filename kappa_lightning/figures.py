@@ -1,10 +1,10 @@
-"""Pictures of condition numbers and of how they drift."""
+"""Pictures of condition numbers and how they drift, and of signals and sensitivities."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,6 +14,9 @@ from matplotlib.patches import Rectangle
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.text import counted, printable
 from kappa_lightning.weights.roles import depth_and_role
+
+if TYPE_CHECKING:
+    from kappa_lightning.sensitivity import SensitivityProfile
 
 _NAMED = 5  # More labels than this overlap at the size at which TensorBoard shows a picture.
 
@@ -76,17 +79,79 @@ def profile_figure(profile: KappaProfile, selected: Collection[str] = (), *, tit
     Returns:
         A figure that is not attached to pyplot; its height grows with the number of roles, its width with the depth.
     """
+    return _layers_by_role({row.name: row.kappa for row in profile}, selected, title=title, label="log₁₀ κ")
+
+
+def sensitivity_figure(profile: SensitivityProfile, selected: Collection[str] = (), *, title: str = "") -> Figure:
+    """Layer depth by tensor role, colored by log10 of b²/(c·n), with a dot on what trains.
+
+    Several tensors of one role in one layer share a cell, colored by their median. A tensor without a signal, or that
+    the reference does not reach, is left white.
+
+    Args:
+        profile: signals and sensitivities.
+        selected: the names that train.
+        title: written above.
+
+    Returns:
+        A figure that is not attached to pyplot.
+    """
+    values = {row.name: profile.value(row.name) for row in profile}
+    return _layers_by_role(values, selected, title=title, label="log₁₀ b²/(c·n)")
+
+
+def signal_figure(profile: SensitivityProfile, selected: Collection[str] = (), *, title: str = "") -> Figure:
+    """Signal against sensitivity, both per parameter, one point a tensor, colored by what it is.
+
+    Filled points train. Along each gray line b²/(c·n) is the same: what lies above one is worth more for what it costs.
+
+    Args:
+        profile: signals and sensitivities; what has no signal or no sensitivity is left out.
+        selected: the names that train.
+        title: written above.
+
+    Returns:
+        A figure that is not attached to pyplot.
+    """
+    rows = [row for row in profile if row.signal > 0 and row.sensitivity > 0]
+    chosen = set(selected)
+    figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlabel="sensitivity c/n", ylabel="signal b/n")
+    axes.set_title(_literal(title), fontsize=9)
+    if not rows:
+        return figure
+    roles = list(dict.fromkeys(depth_and_role(row.name)[1] for row in rows))
+    for place, role in enumerate(roles):
+        here = [row for row in rows if depth_and_role(row.name)[1] == role]
+        x = [row.sensitivity / row.num_parameters for row in here]
+        y = [row.signal / row.num_parameters for row in here]
+        color = colormaps["tab20"](place % 20)
+        faces = [color if row.name in chosen else "none" for row in here]
+        axes.scatter(x, y, s=20, facecolors=faces, edgecolors=[color], linewidths=1.0, label=_short([role])[0])
+    low, high = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    # b²/(c·n) = (b/n)²/(c/n), so the lines have the slope ½.
+    for level in np.geomspace(bottom**2 / high, top**2 / low, 7)[1:-1]:
+        axes.plot([low, high], [math.sqrt(level * low), math.sqrt(level * high)], color="0.88", linewidth=0.8, zorder=0)
+    axes.set(xlim=(low, high), ylim=(bottom, top))
+    columns = 1 if len(roles) <= 16 else 2
+    figure.legend(fontsize=6, loc="outside right upper", frameon=False, ncols=columns)
+    return figure
+
+
+def _layers_by_role(values: Mapping[str, float], selected: Collection[str], *, title: str, label: str) -> Figure:
     cells: dict[tuple[str, int | None], list[str]] = {}
-    for row in profile:
-        depth, role = depth_and_role(row.name)
-        cells.setdefault((role, depth), []).append(row.name)
+    for name in values:
+        depth, role = depth_and_role(name)
+        cells.setdefault((role, depth), []).append(name)
     roles = list(dict.fromkeys(role for role, _ in cells))
     depths = sorted({depth for _, depth in cells if depth is not None})
     columns: list[int | None] = [*([None] if any(depth is None for _, depth in cells) else []), *depths]
     grid = np.full((len(roles), len(columns)), np.nan)
     for (role, depth), names in cells.items():
-        kappa = float(np.median([profile[name].kappa for name in names]))
-        grid[roles.index(role), columns.index(depth)] = np.log10(kappa)
+        middle = float(np.median([values[name] for name in names]))
+        grid[roles.index(role), columns.index(depth)] = np.log10(middle) if middle > 0 else np.nan
     finite = grid[np.isfinite(grid)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
 
@@ -118,7 +183,7 @@ def profile_figure(profile: KappaProfile, selected: Collection[str] = (), *, tit
     axes.set_xlabel("layer", fontsize=8)
     axes.set_title(_literal(title), fontsize=9)
     bar = figure.colorbar(image, ax=axes, pad=0.01)
-    bar.set_label("log₁₀ κ", fontsize=8)
+    bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
 

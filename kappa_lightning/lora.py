@@ -1,21 +1,26 @@
-"""Where PEFT should put LoRA adapters: on the tensors of low condition number."""
+"""Where PEFT should put LoRA adapters: on the tensors that a profile selects."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from kappa_lightning.profile import KappaProfile, KappaRow
 
+if TYPE_CHECKING:
+    from kappa_lightning.sensitivity import SensitivityProfile, SensitivityRow
+
 _WEIGHT = ".weight"
 _ADAPTABLE = (nn.Linear, nn.Embedding, _ConvNd)
 
 
-def lora_targets(profile: KappaProfile, *, model: nn.Module | None = None, **budget: Any) -> dict[str, Any]:
+def lora_targets(
+    profile: KappaProfile | SensitivityProfile, *, model: nn.Module | None = None, **budget: Any
+) -> dict[str, Any]:
     """The targets of PEFT's ``LoraConfig``, so that only the tensors within a budget get an adapter.
 
     A layer's weight makes its layer one of ``target_modules``; a parameter that belongs to no layer of its own, such
@@ -24,12 +29,14 @@ def lora_targets(profile: KappaProfile, *, model: nn.Module | None = None, **bud
     one that was not selected, ``target_modules`` is a regular expression, which PEFT matches in full.
 
     Args:
-        profile: of the very model that gets the adapters, so that the names are those of its parameters.
+        profile: of the very model that gets the adapters, so that the names are those of its parameters: condition
+            numbers, or signals and sensitivities.
         model: that model; needed only where it has matrices called ``weight`` in layers that PEFT cannot wrap, such
             as the routers of a mixture of experts, which then become ``target_parameters``.
         **budget: ``top_p``, ``num_tensors``, ``max_kappa`` or ``max_params``, and ``criterion``, as in
-            :meth:`KappaProfile.select <kappa_lightning.KappaProfile.select>`; the budget counts the tensors that get
-            an adapter and their parameters, not the adapters'.
+            :meth:`KappaProfile.select <kappa_lightning.KappaProfile.select>`, or those of
+            :meth:`SensitivityProfile.select <kappa_lightning.SensitivityProfile.select>`, which needs none; the
+            budget counts the tensors that get an adapter and their parameters, not the adapters'.
 
     Returns:
         ``target_modules`` and ``target_parameters``, ready for ``LoraConfig(**targets, r=8)``; each may be empty.
@@ -66,11 +73,11 @@ def lora_targets(profile: KappaProfile, *, model: nn.Module | None = None, **bud
     return {"target_modules": exact or modules, "target_parameters": parameters}
 
 
-def _is_layers_weight(row: KappaRow, layers: Mapping[str, nn.Module] | None) -> bool:
+def _is_layers_weight(row: KappaRow | SensitivityRow, layers: Mapping[str, nn.Module] | None) -> bool:
     if not row.name.endswith(_WEIGHT):
         return False
     if layers is None:
-        return row.kappas is None
+        return not isinstance(row, KappaRow) or row.kappas is None
     layer = layers.get(row.name.removesuffix(_WEIGHT))
     if layer is None:
         raise KeyError(f"the model has no {row.name}: it is not the one that was profiled")

@@ -6,14 +6,17 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kappa_lightning.profile import KappaProfile, KappaRow
-from kappa_lightning.sensitivity import SensitivityProfile
 from kappa_lightning.text import counted, printable
+
+if TYPE_CHECKING:
+    from kappa_lightning.sensitivity import SensitivityProfile
 
 
 @dataclass(frozen=True, slots=True)

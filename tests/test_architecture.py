@@ -67,7 +67,7 @@ LATE = [
     ("kappa_lightning.cli.commands.walk_back", "[?]", "a function that the user names"),
     ("kappa_lightning.cli.commands.*", "kappa_lightning.anchoring*", "--help imports all commands: no torchmetrics"),
     ("kappa_lightning.cli.commands.*", "kappa_lightning.evaluation*", "--help imports all commands: no torchmetrics"),
-    ("kappa_lightning.cli.commands.*", "kappa_lightning.probes*", "--help imports all commands: no torchmetrics"),
+    ("kappa_lightning.cli.commands.*", "kappa_lightning.sensitivity*", "--help imports all commands: no torchmetrics"),
     ("kappa_lightning.cli.commands.*", "kappa_lightning.pilot*", "--help imports all commands: no Lightning"),
 ]
 """Imports of our own modules in a function that are meant: who and what as globs ([?]: a name made up), and why."""

@@ -120,3 +120,16 @@ def test_another_model_is_an_error():
 def test_exactly_one_budget_must_be_given(budget):
     with pytest.raises(ValueError, match="exactly one budget"):
         lora_targets(profile_of(nested(2.0)), **budget)
+
+
+def test_sensitivity_profile_gives_targets_too():
+    from kappa_lightning.sensitivity import SensitivityProfile, SensitivityRow
+
+    rows = [
+        SensitivityRow("layers.0.up.weight", (8, 4), signal=4.0, sensitivity=1.0, num_parameters=32),
+        SensitivityRow("layers.0.down.weight", (4, 8), signal=1.0, sensitivity=9.0, num_parameters=32),
+        SensitivityRow("layers.0.experts.up_proj", (2, 4, 4), signal=3.0, sensitivity=1.0, num_parameters=32),
+    ]
+    found = lora_targets(SensitivityProfile(rows), num_tensors=2)
+    assert found == {"target_modules": ["layers.0.up"], "target_parameters": ["layers.0.experts.up_proj"]}
+    assert lora_targets(SensitivityProfile(rows[:2]))["target_modules"] == ["layers.0.up"]

@@ -350,3 +350,32 @@ def test_two_callbacks_choose_for_parts_of_a_model(tmp_path):
     other = KappaFreezeCallback(num_tensors=1, include=("embed.*", "conv.*"), exclude=())
     fit(tmp_path, TinyNet(), one, other)
     assert len(one.trained_names) == len(other.trained_names) == 1
+
+
+def test_lightning_cli_yaml_holds_every_plain_argument(tmp_path):
+    import yaml
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    arguments = {
+        "max_params": 0.5, "reference": "inputs", "method": "trial", "batches": 4, "rates": True, "include": ["*"],
+        "exclude": ["@embeddings", "@head"], "always_train": ["@head"], "train_vectors": True, "seed": 3,
+        "profile": str(tmp_path / "profile.json"), "draws": 2,
+    }  # fmt: skip
+    callbacks = [{"class_path": "kappa_lightning.SensitivityFreezeCallback", "init_args": arguments}]
+    text = {
+        "class_path": "kappa_lightning.SensitivityFreezeCallback",
+        "init_args": {
+            "num_tensors": 3,
+            "include": ["layer.*"],
+            "reference": {"class_path": "kappa_lightning.probes.GeneratedText", "init_args": {"num_sequences": 5}},
+        },
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [*callbacks, text], "logger": False}}))
+    cli = LightningCLI(BoringModel, run=False, save_config_callback=None, args=["--config", str(config)])
+    one, other = (c for c in cli.trainer.callbacks if isinstance(c, SensitivityFreezeCallback))
+    expected = SensitivityFreezeCallback(**arguments)
+    assert one.all_arguments() == expected.all_arguments()
+    assert other.reference.num_sequences == 5
+    assert other.budget.num_tensors == 3
