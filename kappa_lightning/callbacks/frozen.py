@@ -88,12 +88,12 @@ class Freeze:
             if plan.rates is not None:
                 factors = {parameters[name]: rate for name, rate in plan.rates.items() if name in plan.trained}
                 self._undo_rates = scale_rates(trainer.optimizers, factors)
+            for parameter in self._frozen:
+                _FROZEN_BY[parameter] = self._owner
             for parameter in frozen:
                 # Not requires_grad_(), which a lazy layer's parameter refuses.
                 parameter.requires_grad = False
                 parameter.grad = None
-            for parameter in self._frozen:
-                _FROZEN_BY[parameter] = self._owner
             for parameter in self._thawed:
                 parameter.requires_grad = True
             self.rewrap()

@@ -68,6 +68,12 @@ def adapter_for(trainer: pl.Trainer) -> StrategyAdapter:
             raise ValueError(
                 f"kappa_lightning does not support {name}, with which it has not been tried: {_INSTEAD[kind]}"
             )
+    if any(kind.__module__.startswith("pytorch_lightning.") for kind in type(trainer.strategy).__mro__):
+        raise ValueError(
+            "this Trainer is that of pytorch_lightning, and the callbacks of kappa_lightning are for its twin package, "
+            "lightning: write `import lightning.pytorch as pl` (and take module, data and callbacks from there), which "
+            "is the same code under another name"
+        )
     raise ValueError(
         f"kappa_lightning has no adapter for {name}: use {', '.join(kind.__name__ for kind in _ADAPTERS)}, or register "
         "one with kappa_lightning.strategies.register_adapter"
