@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import pickle
 import re
 import struct
@@ -14,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kappa_lightning.spectra import free_memory
 from kappa_lightning.weights.checkpoint.stored import Stored, UnchangedFile, with_quantized_refused
 
 # What unpickling raises where bytes are damaged: nearly anything, but nothing that this package raises itself.
@@ -106,10 +107,19 @@ def _can_be_mapped(file: Path) -> bool:
         )
     if all(member.compress_type == zipfile.ZIP_STORED for member in members):
         return True
-    size, free = sum(member.file_size for member in members), free_memory(torch.device("cpu"))
-    if size > free:
-        raise ValueError(f"{file} is compressed and unpacks to {size} bytes, of which {free} are free: unpack it first")
+    size, memory = sum(member.file_size for member in members), _physical_memory()
+    if size > memory:
+        raise ValueError(
+            f"{file} is compressed and unpacks to {size} bytes, more than the memory of {memory}: unpack it"
+        )
     return False
+
+
+def _physical_memory() -> float:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on this system
+        return math.inf
 
 
 def state_dict_of(content: Any, file: Path) -> dict[str, Any]:
