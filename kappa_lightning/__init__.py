@@ -15,11 +15,21 @@ if TYPE_CHECKING:
         KappaMonitor,
         PretrainedAnchor,
         SensitivityFreezeCallback,
+        TrainedOnlyCheckpoint,
         WalkBack,
+        load_trained,
     )
     from kappa_lightning.evaluation import evaluate_probe
     from kappa_lightning.lora import lora_targets
-    from kappa_lightning.probes import AccuracyProbe, AgreementProbe, PerplexityProbe, Probe, SimilarityProbe
+    from kappa_lightning.probes import (
+        AccuracyProbe,
+        AgreementProbe,
+        GenerationProbe,
+        LMEvalProbe,
+        PerplexityProbe,
+        Probe,
+        SimilarityProbe,
+    )
     from kappa_lightning.sensitivity import SensitivityProfile
 else:
     # Lightning and torchmetrics take seconds to import, and the command and the condition numbers do without them.
@@ -30,12 +40,22 @@ else:
             "KappaMonitor",
             "PretrainedAnchor",
             "SensitivityFreezeCallback",
+            "TrainedOnlyCheckpoint",
             "WalkBack",
+            "load_trained",
         ),
         "kappa_lightning.evaluation": ("evaluate_probe",),
         "kappa_lightning.lora": ("lora_targets",),
         "kappa_lightning.pilot": ("pilot",),
-        "kappa_lightning.probes": ("AccuracyProbe", "AgreementProbe", "PerplexityProbe", "Probe", "SimilarityProbe"),
+        "kappa_lightning.probes": (
+            "AccuracyProbe",
+            "AgreementProbe",
+            "GenerationProbe",
+            "LMEvalProbe",
+            "PerplexityProbe",
+            "Probe",
+            "SimilarityProbe",
+        ),
         "kappa_lightning.sensitivity": ("SensitivityProfile",),
     }
 
@@ -55,9 +75,11 @@ __all__ = [
     "AccuracyProbe",
     "AgreementProbe",
     "ForgettingEval",
+    "GenerationProbe",
     "KappaFreezeCallback",
     "KappaMonitor",
     "KappaProfile",
+    "LMEvalProbe",
     "PerplexityProbe",
     "PretrainedAnchor",
     "Probe",
@@ -65,10 +87,12 @@ __all__ = [
     "SensitivityProfile",
     "SimilarityProbe",
     "Spectrum",
+    "TrainedOnlyCheckpoint",
     "WalkBack",
     "__version__",
     "condition_number",
     "evaluate_probe",
+    "load_trained",
     "lora_targets",
     "pilot",
     "spectrum",

@@ -23,6 +23,7 @@ PACKAGE = pathlib.Path(kappa_lightning.__file__).parent
 NAMES = [
     "KappaFreezeCallback", "KappaMonitor", "ForgettingEval", "Probe", "PerplexityProbe", "SimilarityProbe",
     "AccuracyProbe", "AgreementProbe", "KappaProfile", "Spectrum", "spectrum", "condition_number", "evaluate_probe",
+    "GenerationProbe", "LMEvalProbe", "TrainedOnlyCheckpoint", "load_trained",
     "lora_targets", "pilot", "PretrainedAnchor", "WalkBack", "SensitivityFreezeCallback", "SensitivityProfile",
 ]  # fmt: skip
 BUDGETS = {"top_p": None, "num_tensors": None, "max_kappa": None, "max_params": None, "criterion": "kappa"}

@@ -5,6 +5,7 @@ from kappa_lightning.callbacks.forgetting import ForgettingEval
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.monitor import KappaMonitor
 from kappa_lightning.callbacks.sensitivity import SensitivityFreezeCallback
+from kappa_lightning.callbacks.trained_only import TrainedOnlyCheckpoint, load_trained, save_full
 from kappa_lightning.callbacks.walk_back import WalkBack
 
 __all__ = [
@@ -13,5 +14,8 @@ __all__ = [
     "KappaMonitor",
     "PretrainedAnchor",
     "SensitivityFreezeCallback",
+    "TrainedOnlyCheckpoint",
     "WalkBack",
+    "load_trained",
+    "save_full",
 ]

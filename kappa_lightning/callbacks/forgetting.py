@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from kappa_lightning.callbacks.evaluation import measure
 from kappa_lightning.callbacks.order import move_before
-from kappa_lightning.callbacks.reporting import log_scalars, publish
+from kappa_lightning.callbacks.reporting import log_scalars, log_text, publish
 from kappa_lightning.callbacks.retention import figures_of, require_ratios
 from kappa_lightning.callbacks.schedule import Schedule, warn_of_stale_monitors
 from kappa_lightning.callbacks.state import figures_in
@@ -407,6 +407,10 @@ class ForgettingEval(Callback):
             # The mean of this step is not complete before the last of them has measured, which logs it.
             publish(trainer, {"forgetting/retention": scalars.pop("forgetting/retention")})
         log_scalars(trainer, scalars)
+        for name, probe in self.probes.items():
+            text = probe.report()
+            if text is not None:
+                log_text(trainer, f"forgetting/{name}/samples", text)
 
     def _guard(self, trainer: pl.Trainer) -> None:
         assert self.min_retention is not None

@@ -4,7 +4,9 @@ from kappa_lightning.probes.accuracy import AccuracyProbe
 from kappa_lightning.probes.agreement import AgreementProbe
 from kappa_lightning.probes.content import content_key
 from kappa_lightning.probes.generated import generate_text, load_text, save_text
+from kappa_lightning.probes.generation import GenerationProbe
 from kappa_lightning.probes.inputs import GeneratedText, ReferenceInputs, TaskInputs, resolve_reference
+from kappa_lightning.probes.lm_eval import LMEvalProbe
 from kappa_lightning.probes.output import Bernoulli, Categorical, Gaussian, Joint, OutputDistribution, similarity
 from kappa_lightning.probes.perplexity import PerplexityProbe, next_token_labels
 from kappa_lightning.probes.probe import Probe, Step, known_length
@@ -17,7 +19,9 @@ __all__ = [
     "Categorical",
     "Gaussian",
     "GeneratedText",
+    "GenerationProbe",
     "Joint",
+    "LMEvalProbe",
     "OutputDistribution",
     "PerplexityProbe",
     "Probe",

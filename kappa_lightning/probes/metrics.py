@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -108,3 +110,62 @@ class TokenAgreement(Metric):
 def _sums_in(tensor: Tensor) -> torch.dtype:
     """float64 keeps a long sum exact; MPS has none."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+class TextExactMatch(Metric):
+    """The share of texts that are the wanted ones, spaces at the ends apart.
+
+    Example:
+        >>> metric = TextExactMatch()
+        >>> metric.update(["Paris ", "Rome"], ["Paris", "Oslo"])
+        >>> metric.compute().item()
+        0.5
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    score: Tensor
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("score", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, written: list[str], wanted: list[str]) -> None:
+        """Add texts, as many wanted as written."""
+        self.score += sum(self.of_one(one, other) for one, other in zip(written, wanted, strict=True))
+        self.total += len(written)
+
+    def compute(self) -> Tensor:
+        """The mean over all texts."""
+        return self.score / self.total
+
+    def of_one(self, written: str, wanted: str) -> float:
+        """The score of one text."""
+        return float(written.strip() == wanted.strip())
+
+
+class RougeL(TextExactMatch):
+    """ROUGE-L: the F measure of the longest common subsequence of words (Lin, 2004), a mean over the texts.
+
+    Words are runs of letters and digits, in lower case, as in Google's ``rouge_score``.
+
+    Example:
+        >>> metric = RougeL()
+        >>> metric.update(["the cat sat"], ["The cat is here."])
+        >>> round(metric.compute().item(), 4)
+        0.5714
+    """
+
+    def of_one(self, written: str, wanted: str) -> float:
+        """F of one text: 2·LCS over the number of words in both."""
+        one, other = (re.findall(r"\w+", text.lower()) for text in (written, wanted))
+        longest = [0] * (len(other) + 1)
+        for word in one:
+            row = [0]
+            for place, wanted_word in enumerate(other):
+                row.append(longest[place] + 1 if word == wanted_word else max(longest[place + 1], row[-1]))
+            longest = row
+        return 2 * longest[-1] / (len(one) + len(other)) if one and other else 0.0

@@ -102,6 +102,10 @@ class Probe:
     def begin_baseline(self) -> None:
         """Called before the pass over the batches that measures the baseline, on the pretrained weights."""
 
+    def report(self) -> str | None:
+        """A text in Markdown on the last evaluation, for loggers that take texts; none, unless a subclass has one."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the baseline; nothing, unless a subclass says otherwise."""
         return {}
