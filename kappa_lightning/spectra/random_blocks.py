@@ -11,6 +11,7 @@ the 1e-9 that the package states for each matrix.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ OVERLAP = 0.6
 """‖uᵀΩ‖ is above this for a fixed unit vector u, except with probability 2.4e-11."""
 
 
+@lru_cache(maxsize=32)
 def gaussian_block(rows: int, seed: int, device: torch.device) -> Tensor:
     """Return the (rows, 16) standard normal block of a seed: float64, equal on all devices, private generator."""
     generator = torch.Generator(device="cpu").manual_seed(seed)

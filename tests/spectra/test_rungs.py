@@ -318,6 +318,36 @@ def test_budget_decides_how_many_chunks_are_worked(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("rows", "cols", "first"),
+    [
+        (31, 31, "svd"), (62, 31, "eig64"), (32, 32, "eig64"), (447, 447, "eig64"), (448, 448, "lu64"),
+        (449, 448, "eig64"), (640, 639, "eig64"), (641, 640, "gram32"), (9000, 300, "eig64"),
+    ],
+)  # fmt: skip
+def test_small_matrices_of_a_cpu_start_with_all_eigenvalues_of_their_gram_matrix(rows, cols, first):
+    rungs = choose_rungs(CPU, rows, cols)
+    assert (rungs[0], rungs[-1]) == (first, "svd")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("shape", [(60, 60), (300, 40)], ids=str)
+def test_eigenvalues_of_the_gram_matrix_keep_what_their_rounding_bound_promises(family, shape):
+    """Not only up to the wanted error: the bound itself is held against values to many digits."""
+    matrix = FAMILIES[family](np.random.default_rng(5), *shape)
+    values = take_rung("eig64", tall(as_tensor(matrix[None])), plan("eig64"), 1e-3)
+    true, shown = reference_kappa(matrix), float(values.rtol)
+    if np.isfinite(shown):
+        assert relative_error(float(values.kappa), true) <= shown
+        assert float(values.log_volume) == pytest.approx(
+            np.log(np.linalg.svd(matrix, compute_uv=False)).sum(), abs=1e-3
+        )
+    if true < 1e3:
+        assert shown < 1e-3
+    if true > 1e8:
+        assert not np.isfinite(shown)
+
+
+@pytest.mark.parametrize(
     ("capability", "first"), [((9, 0), "gram64"), ((8, 0), "gram64"), ((8, 9), "gram32"), ((12, 0), "gram32")]
 )
 def test_cards_with_slow_float64_start_in_float32(monkeypatch, capability, first):
