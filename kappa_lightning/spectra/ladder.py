@@ -15,9 +15,11 @@ SOLVERS = ("auto", "svd")
 _FAST_FLOAT64 = frozenset({(7, 0), (8, 0), (9, 0), (10, 0)})
 # The number of columns from which on two Lanczos runs beat all singular values of a triangle. On a CPU it was
 # measured; a GPU's dense decompositions are slower by far next to its products.
+# Measured against its neighbors by benchmarks/ablation.py.
 _LANCZOS_FROM = {"cpu": 448}
 _LANCZOS_FROM_ELSEWHERE = 128
 # The columns between which a CPU takes the eigenvalues of a Gram matrix, of a square one up to _LANCZOS_FROM.
+# Measured against its neighbors by benchmarks/ablation.py.
 _EIGEN_FROM = 32
 _EIGEN_BELOW = 640
 

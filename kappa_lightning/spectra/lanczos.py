@@ -21,9 +21,11 @@ BASIS_COLUMNS = BLOCK * (MAX_STEPS + 1)
 # A Cholesky factor with nothing smaller on its diagonal magnifies no rounding error that could matter.
 _ORTHONORMAL = 0.9
 # Of the steps that a run seems to need still, the share that it takes before it is asked again.
+# Measured against its neighbors by benchmarks/ablation.py.
 _PATIENCE = 0.7
 # The share of the overlap that h must be below before a run in float32 is measured, which costs as much as five steps:
 # the grid and the error of the recurrence take their part. Of seven attempts between 0.82 and 0.98 five were in vain.
+# Measured against its neighbors by benchmarks/ablation.py.
 _WORTH_MEASURING = 0.75
 # How often a run in float32 is measured before it is given up; the certificate counts them.
 _MEASUREMENTS = 3

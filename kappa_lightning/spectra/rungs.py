@@ -31,13 +31,17 @@ SMALLEST_LANCZOS = 48
 """The block size leaves no room for Lanczos in fewer columns."""
 
 # Of the wanted error, what a factor may use up; the rest is for Lanczos.
+# Measured against its neighbors by benchmarks/ablation.py.
 _FACTOR_SHARE = 0.6
 # Below this share a sharper bound would cost more time than the steps of Lanczos that it saves.
+# Measured against its neighbors by benchmarks/ablation.py.
 _GOOD_FACTOR = 0.45
 # Of what the factor leaves (all, where there is none yet), what the top of the spectrum may use up; the bottom gets the
 # rest.
+# Measured against its neighbors by benchmarks/ablation.py.
 _TOP_SHARE = 0.9
 # The width, as a share of rtol, at which a bracket of σ_max² that came for nothing is taken.
+# Measured against its neighbors by benchmarks/ablation.py.
 _EASY_TOP = 0.5
 # The bounds are first-order ones.
 _LARGEST_RTOL = 0.1
@@ -47,6 +51,7 @@ _REFINED_SHARE = 0.2
 _BOTTOM_PROBE_SEED = 0x626F_7474
 
 # From here on a QR in front of the bidiagonalisation is cheaper than carrying the long columns through it.
+# Measured against its neighbors by benchmarks/ablation.py.
 _VERY_TALL = 1.6
 _EPS: float = torch.finfo(torch.float64).eps
 
