@@ -49,6 +49,7 @@ ORDER = [
     "recipes.shared",
     "recipes.*",
     "recipes",
+    "benchmarks.spectra",
     "benchmarks.*",
     "benchmarks",
 ]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile.compute import compute_rows
 from kappa_lightning.profile.distributed import Watch, compute_distributed
@@ -33,7 +32,6 @@ from kappa_lightning.weights import (
     included,
     included_by_name,
 )
-from kappa_lightning.weights.names import plain_name
 
 
 class KappaProfile:
