@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, SimilarityProbe
+from recipes.shared.epochs import EpochLines, Point, draws_bars, save_picture
 from recipes.shared.schedule import warmup_cosine
 from recipes.shared.tensorboard import tensorboard
 
@@ -349,7 +350,7 @@ def packaged_minilm() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A row of the table."""
+    """A row of the table, and the way to it as (accuracy, retention), a point an epoch."""
 
     method: str
     accuracy: float
@@ -357,15 +358,18 @@ class Result:
     retention: float
     trainable: int
     seconds: float
+    points: list[Point]
 
 
 def run(method: str, args: argparse.Namespace) -> Result:
     """Adapt the model with one method and measure what it learned and what it kept."""
     pl.seed_everything(args.seed, verbose=False)
     model = ImageTextModel(args.text_model, text_lr=args.text_lr, vision_lr=args.vision_lr)
+    lines = EpochLines(method, "val/accuracy")
     callbacks: list[pl.Callback] = [
         KappaMonitor(tensors=["text.*"]),
         ForgettingEval({"sts": similarity_probe(read_pairs(args.sts), model.tokenizer)}),
+        lines,
     ]
     if method == "kappa":
         freeze = KappaFreezeCallback(
@@ -382,6 +386,7 @@ def run(method: str, args: argparse.Namespace) -> Result:
         precision=args.precision,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=draws_bars(),
         num_sanity_val_steps=0,
         log_every_n_steps=10,
     )
@@ -396,6 +401,7 @@ def run(method: str, args: argparse.Namespace) -> Result:
         retention=float(metrics["forgetting/retention"]),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         seconds=seconds,
+        points=lines.points,
     )
 
 
@@ -454,6 +460,10 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     results = [run(method, args) for method in args.methods]
     console = Console()
     show(results, console)
+    picture = args.log_dir / "learned-and-kept.png"
+    runs = {result.method: result.points for result in results}
+    save_picture(runs, "A sentence encoder learns to see", "accuracy on held-out scenes", picture)
+    console.print(f"What was learned and kept:      {picture}", highlight=False)
     console.print(f"Curves, pictures and rankings:  {tensorboard()} --logdir {args.log_dir}", highlight=False)
     return results
 

@@ -25,6 +25,7 @@ from kappa_lightning import Probe
 from recipes.shared.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
 from recipes.shared.comparison import Result, run, show
 from recipes.shared.encoding import Sample
+from recipes.shared.epochs import save_picture
 from recipes.shared.module import load_encoder
 from recipes.shared.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
 from recipes.shared.small_models import SMALL_LLAMA, SMALL_MOE
@@ -144,6 +145,11 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         data = AnswerData(args.model, args.data, settings.batch_size, args.test_size)
         results.append(run(method, settings, data, probes))
     show(results, notes, "A new text task, and what is left of what the model knew", console)
+    picture = args.log_dir / "learned-and-kept.png"
+    save_picture(
+        {r.method: r.points for r in results}, "A new text task", "held-out answers right to the letter", picture
+    )
+    console.print(f"What was learned and kept:   {picture}", highlight=False)
     console.print(f"Answers, curves, rankings:  {tensorboard()} --logdir {args.log_dir}", highlight=False)
     return results
 

@@ -13,6 +13,7 @@ from recipes.captioning.data import SCENES, CaptionData
 from recipes.captioning.probes import CaptionPerplexity, OldVision
 from recipes.shared.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
 from recipes.shared.comparison import Result, run, show
+from recipes.shared.epochs import save_picture
 from recipes.shared.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
 from recipes.shared.shapes import DESCRIBE
 from recipes.shared.small_models import SMALL_LLAVA
@@ -78,6 +79,11 @@ def compare(argv: Sequence[str]) -> list[Result]:
         )
         results.append(run(method, settings, data, probes))
     show(results, notes, "New pictures described, and what is left of what the model knew", console)
+    picture = args.log_dir / "learned-and-kept.png"
+    save_picture(
+        {r.method: r.points for r in results}, "New pictures described", "held-out answers right to the letter", picture
+    )
+    console.print(f"What was learned and kept:   {picture}", highlight=False)
     console.print(f"Captions, curves, rankings:  {tensorboard()} --logdir {args.log_dir}", highlight=False)
     return results
 

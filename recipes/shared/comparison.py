@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, Probe
+from recipes.shared.epochs import EpochLines, Point, draws_bars
 from recipes.shared.memory import PeakMemory
 from recipes.shared.module import GenerativeModule
 from recipes.shared.towers import Towers, parts_of
@@ -83,6 +84,7 @@ class Result:
         trainable: number of parameters that train.
         memory: peak in bytes, as :class:`~recipes.shared.memory.PeakMemory` measures it.
         seconds: from fit start to fit end, evaluations included.
+        points: what was learned (the share of answers right to the letter) and kept after each epoch.
     """
 
     method: str
@@ -92,6 +94,7 @@ class Result:
     trainable: int
     memory: int
     seconds: float
+    points: list[Point]
 
 
 def run(
@@ -116,7 +119,8 @@ def run(
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     forgetting, memory = ForgettingEval(probes()), PeakMemory()
-    callbacks: list[pl.Callback] = [KappaMonitor(), forgetting, memory]
+    lines = EpochLines(method, "val/exact_match")
+    callbacks: list[pl.Callback] = [KappaMonitor(), forgetting, memory, lines]
     if method == "kappa":
         callbacks.insert(0, low_kappa(module, settings.max_params))
     trainer = pl.Trainer(
@@ -131,6 +135,7 @@ def run(
         precision=settings.precision,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=draws_bars(),
         num_sanity_val_steps=0,
         log_every_n_steps=10,
     )
@@ -145,6 +150,7 @@ def run(
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
         memory=memory.bytes,
         seconds=seconds,
+        points=lines.points,
     )
 
 

@@ -92,7 +92,11 @@ def school(
     scheduler = warmup_cosine(optimizer, schooling.steps)
     deck = _deck(facts, rng)
     model.train()
-    with tqdm(range(schooling.steps), desc="Pretraining the small model", unit="step", dynamic_ncols=True) as steps:
+    description = "Pretraining the small model"
+    # disable=None: no bar where there is no terminal, in which a line says what takes the time.
+    with tqdm(range(schooling.steps), desc=description, unit="step", dynamic_ncols=True, disable=None) as steps:
+        if steps.disable:
+            print(f"{description}: {schooling.steps} steps, once; it is kept", flush=True)
         for _ in steps:
             loss: Tensor = model(**fact_batch([next(deck) for _ in range(schooling.facts)], tokenizer)).loss
             loss.backward()  # type: ignore[no-untyped-call]

@@ -113,7 +113,7 @@ def open_eyes(model: nn.Module, processor: Any, steps: int, seed: int) -> None:
     language: Any = model.language_model
     optimizer = torch.optim.AdamW([*vision.parameters(), *projector.parameters()], lr=2e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.1)
-    for _ in tqdm(range(steps), desc="Pretraining its eyes", unit="step", dynamic_ncols=True):
+    for _ in tqdm(range(steps), desc="Pretraining its eyes", unit="step", dynamic_ncols=True, disable=None):
         clutter = [random_clutter(rng) for _ in range(EYE_BATCH)]
         pictures = processor.image_processor([one.draw(rng) for one in clutter], return_tensors="pt")
         shown = projector(vision(pictures["pixel_values"]).last_hidden_state).flatten(0, 1)

@@ -88,7 +88,9 @@ def test_missing_sts_file_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -
 def test_kappatune_on_the_real_encoder_moves_what_it_selected_and_nothing_else(
     model: ImageTextModel, tmp_path: Path
 ) -> None:
-    freeze = KappaFreezeCallback(max_params=0.25, include=["text.*"], always_train=["vision.*", "log_temperature"])
+    freeze = KappaFreezeCallback(
+        max_params=0.25, include=["text.*"], exclude=(), always_train=["vision.*", "log_temperature"]
+    )
     forgetting = ForgettingEval({"sts": similarity_probe(read_pairs(image_text.PAIRS), model.tokenizer)})
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = pl.Trainer(
@@ -112,7 +114,9 @@ def test_kappatune_on_the_real_encoder_moves_what_it_selected_and_nothing_else(
     assert forgetting.baseline["sts"] == pytest.approx(0.6889, abs=5e-4)
 
 
-def test_a_short_run_of_every_method_gives_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_run_of_every_method_gives_its_row_and_leaves_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pairs = tmp_path / "pairs.tsv"
     lines = image_text.PAIRS.read_text(encoding="utf-8").splitlines()[:25]
     pairs.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -123,7 +127,15 @@ def test_a_short_run_of_every_method_gives_its_row(tmp_path: Path, monkeypatch: 
     assert (full.method, kappa.method) == ("full", "kappa")
     assert kappa.trainable < full.trainable / 3
     assert 0 <= full.accuracy <= 1
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["full", "kappa"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["full", "kappa", "learned-and-kept.png"]
+    assert (tmp_path / "runs" / "learned-and-kept.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr()
+    # Not a terminal: a line an epoch, and no bar that would fill a log file.
+    line = f"full: epoch 1 of 1, step 2, val/accuracy {full.accuracy:.3f}, retention {full.retention:.3f}"
+    assert line in printed.out
+    assert "kappa: epoch 1 of 1" in printed.out
+    assert "it/s" not in printed.out + printed.err
+    assert f"tensorboard --logdir {tmp_path / 'runs'}" in printed.out.replace("\n", "")
 
 
 def _one_batch(data: SceneData) -> torch.utils.data.DataLoader[object]:
