@@ -59,6 +59,7 @@ WITH_LIGHTNING = {"probes", "evaluation", "strategies", "callbacks", "integratio
 
 LATE = [
     ("kappa_lightning", "[?]", "the public names: Lightning and torchmetrics take seconds to import"),
+    ("kappa_lightning.callbacks.*", "kappa_lightning.callbacks.pictures", "Matplotlib takes about a second to import"),
     ("kappa_lightning.callbacks.monitor", "kappa_lightning.figures", "Matplotlib takes about a second to import"),
     ("kappa_lightning.callbacks.walk_back", "kappa_lightning.anchoring.figure", "Matplotlib, as above"),
     ("kappa_lightning.cli.registry", "[?]", "a command is found by its file's name"),

@@ -19,10 +19,20 @@ from typing_extensions import override
 
 from kappa_lightning.callbacks.evaluation import measure
 from kappa_lightning.callbacks.order import move_before
-from kappa_lightning.callbacks.reporting import log_scalars, log_text, publish
-from kappa_lightning.callbacks.retention import figures_of, require_ratios
+from kappa_lightning.callbacks.reporting import (
+    has_folder,
+    log_figure,
+    log_layout,
+    log_scalars,
+    log_text,
+    publish,
+    save_figure,
+    shows_pictures,
+)
+from kappa_lightning.callbacks.retention import figures_of, require_ratios, retention_charts
 from kappa_lightning.callbacks.schedule import Schedule, warn_of_stale_monitors
 from kappa_lightning.callbacks.state import figures_in
+from kappa_lightning.callbacks.story import Story
 from kappa_lightning.callbacks.trainer import batch_limit
 from kappa_lightning.evaluation import Items, Measurement, adapters_off, has_adapters
 from kappa_lightning.probes import Probe
@@ -88,6 +98,8 @@ class ForgettingEval(Callback):
         every_n_train_steps: the number of optimizer steps (``Trainer.global_step``) between evaluations.
         judged_by: what may not fall below ``min_retention``: the ``"retention"`` itself, or ``"retention_low"``, the
             lower end of its interval.
+        figures: whether to draw ``forgetting/story``, the retention of every probe with its interval over the training
+            loss, for loggers that take pictures, and at the end as ``forgetting.png`` into the logger's folder.
 
     Attributes:
         baseline: each probe's metric before the first step.
@@ -126,6 +138,7 @@ class ForgettingEval(Callback):
         on_breach: OnBreach = "stop",
         every_n_train_steps: int | None = None,
         judged_by: JudgedBy = "retention",
+        figures: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(probes, Mapping):
@@ -153,6 +166,8 @@ class ForgettingEval(Callback):
             )
         self.probes = dict(probes)
         self.judged_by = judged_by
+        self.figures = figures
+        self.story = Story()
         self.min_retention = min_retention
         self.on_breach = on_breach
         self.baseline: dict[str, float] = {}
@@ -197,6 +212,7 @@ class ForgettingEval(Callback):
         if trainer.ckpt_path is not None and self._restored is not None:
             self.baseline, self.history = dict(self._restored["baseline"]), list(self._restored["history"])
             self._items = {name: Items.from_state(items) for name, items in self._restored.get("items", {}).items()}
+            self.story = Story([(int(step), float(loss)) for step, loss in self._restored.get("losses", [])])
             missing = [name for name in self.probes if name not in self.baseline]
             if missing:
                 raise ValueError(_NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=missing[0]))
@@ -213,7 +229,7 @@ class ForgettingEval(Callback):
         elif trainer.global_step > 0:
             raise ValueError(_NO_BASELINE.format(source="the fit before this one", probe=next(iter(self.probes))))
         else:
-            self.baseline, self.history, self._items = {}, [], {}
+            self.baseline, self.history, self._items, self.story = {}, [], {}, Story()
         self._forget_checkpoint()
         self._step = trainer.global_step
         if self.history:
@@ -229,6 +245,7 @@ class ForgettingEval(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.story.note(trainer, outputs)
         if self._due_at_step(trainer):
             self._evaluate(trainer, pl_module, trainer.current_epoch, "step")
         self._step = trainer.global_step
@@ -242,6 +259,14 @@ class ForgettingEval(Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluate_epoch(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        first = next(callback for callback in callbacks if isinstance(callback, ForgettingEval))
+        # One picture a run, by the first of them; without a folder of a logger there is no place for it.
+        if first is self and self.figures and has_folder(trainer) and batch_limit(trainer) is None:
+            save_figure(trainer, "forgetting", self._drawn(trainer))
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -273,7 +298,13 @@ class ForgettingEval(Callback):
             return {}
         probes = {name: probe.state_dict() for name, probe in self.probes.items()}
         items = {name: items.state_dict() for name, items in self._items.items()}
-        return {"baseline": dict(self.baseline), "history": list(self.history), "probes": probes, "items": items}
+        return {
+            "baseline": dict(self.baseline),
+            "history": list(self.history),
+            "probes": probes,
+            "items": items,
+            "losses": [list(pair) for pair in self.story.losses()],
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -407,10 +438,22 @@ class ForgettingEval(Callback):
             # The mean of this step is not complete before the last of them has measured, which logs it.
             publish(trainer, {"forgetting/retention": scalars.pop("forgetting/retention")})
         log_scalars(trainer, scalars)
+        if moment == "start":
+            log_layout(trainer, "forgetting", retention_charts([*self.probes, *(n for o in others for n in o.probes)]))
+        elif not pending and self.figures and shows_pictures(trainer):
+            log_figure(trainer, "forgetting/story", self._drawn(trainer))
         for name, probe in self.probes.items():
             text = probe.report()
             if text is not None:
                 log_text(trainer, f"forgetting/{name}/samples", text)
+
+    def _drawn(self, trainer: pl.Trainer) -> Any:
+        # Matplotlib takes about a second to import, which only a run that draws should pay.
+        from kappa_lightning.callbacks.pictures import story_figure
+
+        every = [self, *_others(trainer, self)]
+        histories = {name: callback.history for callback in every for name in callback.probes if callback.history}
+        return story_figure(histories, self.story.losses(), self.min_retention)
 
     def _guard(self, trainer: pl.Trainer) -> None:
         assert self.min_retention is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -17,13 +17,18 @@ from typing_extensions import override
 
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.progress import watching
-from kappa_lightning.callbacks.reporting import log_figure, log_scalars, publish, shows_pictures
+from kappa_lightning.callbacks.reporting import log_figure, log_layout, log_scalars, publish, shows_pictures
 from kappa_lightning.callbacks.schedule import Schedule
 from kappa_lightning.callbacks.state import figures_in
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.weights import Weight, find_weights, match_parameters
+from kappa_lightning.weights.roles import depth_and_role
+
+MOST_SCALARS = 40
+"""Tensors that have a card each; more are not looked through."""
+_FURTHEST = 5
 
 
 class KappaMonitor(Callback):
@@ -39,8 +44,12 @@ class KappaMonitor(Callback):
     Several in one Trainer share the tags of tensors that more than one of them watches; the median and the extremes of
     one that watches others than the first in the list have its ``tensors`` in their tags, as ``kappa/all/median``.
 
-    With a TensorBoard logger and ``figures``, the picture ``kappa/drift`` shows κ against its value at fit start and
-    the drift over the epochs.
+    Of more than 40 tensors only a CSV file and ``history`` hold all. Other loggers get quantiles by role
+    (``kappa/by_role/<role>/p10``, ``p50``, ``p90``, and the same of ``kappa_drift``) and the scalars of the tensors
+    that drifted furthest, unless ``scalars="all"``.
+
+    With ``figures`` and a logger that takes pictures, ``kappa/drift`` shows the drift over the steps, with the tensors
+    named that drifted furthest, and ``kappa/drift_map`` that of more than 40 tensors by layer and role.
 
     Beside a :class:`KappaFreezeCallback` its profile serves as the figures at fit start. A frozen tensor is not
     decomposed again. The figures at fit start survive a resume. No weight is changed. With
@@ -51,6 +60,7 @@ class KappaMonitor(Callback):
         tensors: ``"trainable"``, ``"all"``, or globs over parameter names and groups such as ``["@attention"]``.
         figures: whether to draw.
         every_n_train_steps: the number of optimizer steps (``Trainer.global_step``) between figures.
+        scalars: whether each of more than 40 tensors has its scalars in loggers that show a card for each (``"all"``).
 
     Attributes:
         baseline: κ of each tensor at fit start.
@@ -81,6 +91,7 @@ class KappaMonitor(Callback):
         tensors: str | Sequence[str] = "trainable",
         figures: bool = True,
         every_n_train_steps: int | None = None,
+        scalars: Literal["auto", "all"] = "auto",
     ) -> None:
         super().__init__()
         self.schedule = Schedule(every_n_epochs, every_n_train_steps)
@@ -90,7 +101,11 @@ class KappaMonitor(Callback):
                 f'tensors={tensors!r} must be "trainable", "all" or a list of globs, such as [{tensors!r}]'
             )
         self.tensors: str | tuple[str, ...] = tensors if isinstance(tensors, str) else tuple(tensors)
+        if scalars not in ("auto", "all"):
+            raise ValueError(f'scalars={scalars!r} must be "auto" or "all"')
         self.figures = figures
+        self.scalars = scalars
+        self._followed: set[str] = set()
         self.baseline: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
         self._weights: dict[str, Weight] = {}
@@ -272,12 +287,41 @@ class KappaMonitor(Callback):
         # What two monitors watch has one tag, and one value at a step.
         known = {tag for other in self._others(trainer) for tag in other.logged_at(trainer.global_step)}
         self._logged = (trainer.global_step, set(scalars))
-        log_scalars(trainer, {tag: value for tag, value in scalars.items() if tag not in known})
-        if self.figures and shows_pictures(trainer):
+        shown = self._shown(trainer, kappas, scalars)
+        log_scalars(
+            trainer,
+            {tag: value for tag, value in scalars.items() if tag not in known},
+            shown={tag: value for tag, value in shown.items() if tag not in known},
+        )
+        if not shows_pictures(trainer):
+            return
+        label = self._label(trainer)
+        if len(self.history) == 1:
+            log_layout(trainer, f"kappa{label}", drift_charts(label, shown))
+        if self.figures:
             # Matplotlib takes about a second to import, which only a run that draws should pay.
-            from kappa_lightning.figures import drift_figure
+            from kappa_lightning.callbacks.pictures import drift_lines, drift_map
 
-            log_figure(trainer, f"kappa{self._label(trainer)}/drift", drift_figure(self.baseline, self.history))
+            log_figure(trainer, f"kappa{label}/drift", drift_lines(self.baseline, self.history))
+            if len(kappas) > MOST_SCALARS:
+                log_figure(trainer, f"kappa{label}/drift_map", drift_map(self.baseline, kappas))
+
+    def _shown(
+        self, trainer: pl.Trainer, kappas: Mapping[str, float], scalars: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        """What gets a card of its own: all, or of many tensors the quantiles by role and those furthest off."""
+        if self.scalars == "all" or len(kappas) <= MOST_SCALARS:
+            return scalars
+        label = self._label(trainer)
+        drifts = {name: scalars[f"kappa_drift/{name}"] for name in kappas}
+        # Once among the furthest, a tensor is followed to the end of the run.
+        furthest = sorted(drifts, key=lambda name: -abs(drifts[name]))[:_FURTHEST]
+        self._followed |= {name for name in furthest if drifts[name] != 0}
+        tensors = {
+            f"{kind}/{name}" for name in kappas if name not in self._followed for kind in ("kappa", "kappa_drift")
+        }
+        shown = {tag: value for tag, value in scalars.items() if tag not in tensors}
+        return shown | quantiles_by_role(kappas, f"kappa{label}") | quantiles_by_role(drifts, f"kappa_drift{label}")
 
     def logged_at(self, step: int) -> set[str]:
         """The tags that it has logged at a global step, if that is the last at which it did."""
@@ -305,6 +349,48 @@ class KappaMonitor(Callback):
             f"kappa_drift{label}/max": max(drifts.values()),
             f"kappa_drift{label}/min": min(drifts.values()),
         }
+
+
+def quantiles_by_role(values: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """The tenth, fiftieth and ninetieth percentile over each role of several tensors, under ``<prefix>/by_role/<role>/p10``.
+
+    Example:
+        >>> quantiles_by_role({"h.0.a.weight": 1.0, "h.1.a.weight": 3.0}, "kappa")["kappa/by_role/h.*.a.weight/p50"]
+        2.0
+    """
+    roles: dict[str, list[float]] = {}
+    for name, value in values.items():
+        roles.setdefault(depth_and_role(name)[1], []).append(value)
+    return {
+        f"{prefix}/by_role/{role}/p{percent}": _quantile(found, percent / 100)
+        for role, found in roles.items()
+        if len(found) > 1
+        for percent in (10, 50, 90)
+    }
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    # Infinite κ has no distance.
+    return low if low == high else low + (place - math.floor(place)) * (high - low)
+
+
+def drift_charts(label: str, tags: Collection[str]) -> dict[str, list[Any]]:
+    """How TensorBoard's custom scalars group the tags of a monitor."""
+    tensors = [tag for tag in tags if tag.startswith("kappa_drift/") and "/by_role/" not in tag]
+    roles = [tag.removesuffix("/p50") for tag in tags if tag.startswith("kappa_drift") and tag.endswith("/p50")]
+    charts: dict[str, list[Any]] = {
+        "drift of the tensors": ["Multiline", tensors],
+        "median κ": ["Multiline", [f"kappa{label}/median"]],
+    }
+    for role in roles:
+        charts[f"drift of {role.rpartition('/by_role/')[2]}"] = [
+            "Margin",
+            [f"{role}/p50", f"{role}/p10", f"{role}/p90"],
+        ]
+    return charts
 
 
 def drift(before: float, now: float) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torchmetrics.text import Perplexity
 
@@ -35,6 +36,15 @@ def figures_of(name: str, probe: Probe, before: float, items: Items | None, now:
         lost = now.value > 0 and before > 0
         figures["nats"] = math.log(now.value) - math.log(before) if lost else math.nan
     return {f"forgetting/{name}/{figure}": value for figure, value in figures.items()}
+
+
+def retention_charts(names: Sequence[str]) -> dict[str, list[Any]]:
+    """How TensorBoard's custom scalars group the tags of probes: all together, and each with its interval."""
+    tags = [f"forgetting/{name}/retention" for name in names]
+    charts: dict[str, list[Any]] = {"retention": ["Multiline", ["forgetting/retention", *tags]]}
+    for name, tag in zip(names, tags, strict=True):
+        charts[f"retention of {name}"] = ["Margin", [tag, f"{tag}_low", f"{tag}_high"]]
+    return charts
 
 
 def require_ratios(probes: Mapping[str, Probe], values: Mapping[str, float]) -> None:
