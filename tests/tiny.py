@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from kappa_lightning import Probe
+from kappa_lightning import AccuracyProbe, Probe
 
 BATCHES = 3
 """Batches of an epoch of :func:`loader`."""
@@ -116,6 +116,14 @@ def loader(batch_size: int = 8) -> DataLoader:
     tokens = torch.randint(11, (24, 7), generator=random_numbers)
     labels = torch.randint(4, (24,), generator=random_numbers)
     return DataLoader(TensorDataset(tokens, labels), batch_size=batch_size)
+
+
+class OldTask(AccuracyProbe):
+    """What an untrained :class:`TinyNet` says of its data, in two batches, for a YAML to name."""
+
+    def __init__(self) -> None:
+        net = TinyNet().eval()
+        super().__init__([(tokens, net(tokens).argmax(-1)) for tokens, _ in loader(12)])
 
 
 def bank_loader() -> DataLoader:

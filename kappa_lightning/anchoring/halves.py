@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import RandomSampler
 
+from kappa_lightning.evaluation.intervals import retention
 from kappa_lightning.probes import Probe, known_length
 
 Evaluate = Callable[[str, Probe], float]
@@ -67,11 +68,10 @@ class HalvedProbes:
         return self._retention(1)
 
     def _retention(self, half: int) -> dict[str, float]:
-        return {name: self._ratio(name, self._baseline[half][name], now) for name, now in self._measured(half).items()}
-
-    def _ratio(self, name: str, before: float, now: float) -> float:
-        numerator, denominator = (now, before) if self.probes[name].higher_is_better else (before, now)
-        return numerator / denominator if denominator else float("nan")
+        return {
+            name: retention(self._baseline[half][name], now, self.probes[name].higher_is_better)
+            for name, now in self._measured(half).items()
+        }
 
     def _measured(self, half: int) -> dict[str, float]:
         found = {}

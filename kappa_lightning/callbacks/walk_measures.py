@@ -21,8 +21,14 @@ def validated(trainer: pl.Trainer, monitor: str, *, keep: bool = False) -> float
     connector = trainer._logger_connector
     before = {name: dict(getattr(connector, name)) for name in ("_callback_metrics", "_logged_metrics")}
     first, training = connector._first_loop_iter, trainer.training
-    trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
+    # The bar stays, since its own thread looks for it there, but draws nothing.
+    bar = trainer.progress_bar_callback
+    draws = bar is not None and bar.is_enabled  # type: ignore[attr-defined]
+    trainer.callbacks = [] if bar is None else [bar]  # type: ignore[attr-defined]
+    trainer.loggers = []
     try:
+        if bar is not None and draws:
+            bar.disable()
         connector._callback_metrics.pop(monitor, None)
         trainer.validating = True
         with isolate_rng():
@@ -32,6 +38,8 @@ def validated(trainer: pl.Trainer, monitor: str, *, keep: bool = False) -> float
         trainer.training = training
         connector._first_loop_iter = first
         trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+        if bar is not None and draws:
+            bar.enable()
         if not keep:
             for name, metrics in before.items():
                 getattr(connector, name).clear()

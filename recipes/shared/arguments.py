@@ -26,6 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser, log_dir: Path, towers: bool =
     else:
         parser.set_defaults(towers="language")
     add("--max-params", type=float, default=0.25, help="kappa and kappa-lora: share of the matrices, lowest κ first")
+    add(
+        "--anchor",
+        type=float,
+        default=None,
+        metavar="STRENGTH",
+        help="hold the outputs where they were, with every method (PretrainedAnchor; 1 is a beginning)",
+    )
+    add(
+        "--walk-back",
+        type=float,
+        default=None,
+        metavar="RETENTION",
+        help="go back from the trained weights until every probe keeps this, with every method (WalkBack)",
+    )
     add("--text", default=None, help="text whose perplexity is kept, in WikiText's format (default: own sentences)")
     add(
         "--lr",
@@ -77,6 +91,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--text: {args.model} knows no words but those of its own world; name another --model")
     if not 0 < args.max_params <= 1:
         parser.error(f"--max-params: {args.max_params} is not a share in (0, 1]")
+    if args.anchor is not None and not 0 <= args.anchor < float("inf"):
+        parser.error(f"--anchor: {args.anchor} must be a number of at least 0")
+    if args.walk_back is not None and not 0 < args.walk_back <= 1:
+        parser.error(f"--walk-back: {args.walk_back} is not a retention in (0, 1]")
     for name in ("epochs", "batch_size", "accumulate", "lora_rank", "max_new_tokens", "test_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: {getattr(args, name)} must be at least 1")
@@ -113,4 +131,6 @@ def settings_from(args: argparse.Namespace, *, images: bool) -> Settings:
         accelerator=args.accelerator,
         precision=args.precision or {"float32": "32-true", "bfloat16": "bf16-true"}[args.dtype],
         log_dir=args.log_dir,
+        anchor=args.anchor,
+        walk_back=args.walk_back,
     )

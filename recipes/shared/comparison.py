@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, Probe
+from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, PretrainedAnchor, Probe, WalkBack
 from recipes.shared.epochs import EpochLines, Point, draws_bars
 from recipes.shared.memory import PeakMemory
 from recipes.shared.module import GenerativeModule
@@ -49,6 +49,8 @@ class Settings:
         accelerator: as the Trainer takes it.
         precision: as the Trainer takes it.
         log_dir: of TensorBoard, one folder a method.
+        anchor: the strength with which the outputs are held where they were; not at all if ``None``.
+        walk_back: the retention that the weights go back to after training; not at all if ``None``.
     """
 
     model: str
@@ -70,6 +72,8 @@ class Settings:
     accelerator: str
     precision: Any
     log_dir: Path
+    anchor: float | None = None
+    walk_back: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ class Result:
         method: what was run.
         exact_match: the share of held-out prompts that are answered right to the letter.
         loss: mean negative log-likelihood of the held-out answers' tokens, in nats.
-        retention: of each probe, by its name.
+        retention: of each probe, by its name; after walking back, on the half of its batches that did not choose.
         trainable: number of parameters that train.
         memory: peak in bytes, as :class:`~recipes.shared.memory.PeakMemory` measures it.
         seconds: from fit start to fit end, evaluations included.
@@ -121,6 +125,13 @@ def run(
     forgetting, memory = ForgettingEval(probes()), PeakMemory()
     lines = EpochLines(method, "val/exact_match")
     callbacks: list[pl.Callback] = [KappaMonitor(), forgetting, memory, lines]
+    if settings.anchor is not None:
+        # Text of the model's own where it can write, and with images the task's own batches.
+        callbacks.append(PretrainedAnchor(strength=settings.anchor, task_inputs="inputs", num_tokens=32))
+    walk_back = None
+    if settings.walk_back is not None:
+        walk_back = WalkBack(settings.walk_back, monitor="val/loss", points=6, save=False)
+        callbacks.append(walk_back)
     if method == "kappa":
         callbacks.insert(0, low_kappa(module, settings.max_params))
     trainer = pl.Trainer(
@@ -142,11 +153,14 @@ def run(
     started = time.perf_counter()
     trainer.fit(module, data)
     seconds = time.perf_counter() - started
+    retention = {name: forgetting.history[-1][f"forgetting/{name}/retention"] for name in forgetting.probes}
+    if walk_back is not None:
+        retention = walk_back.report["chosen"]
     return Result(
         method=method,
         exact_match=float(trainer.callback_metrics["val/exact_match"]),
         loss=float(trainer.callback_metrics["val/loss"]),
-        retention={name: forgetting.history[-1][f"forgetting/{name}/retention"] for name in forgetting.probes},
+        retention=retention,
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
         memory=memory.bytes,
         seconds=seconds,
