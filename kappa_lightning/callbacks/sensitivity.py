@@ -24,8 +24,10 @@ from kappa_lightning.callbacks.task import (
     train_batches,
 )
 from kappa_lightning.callbacks.trainer import batch_limit
+from kappa_lightning.parts import split_into_parts
 from kappa_lightning.probes import ReferenceInputs, resolve_reference
 from kappa_lightning.processes import Processes
+from kappa_lightning.profile.settings import EACH
 from kappa_lightning.selection import Budget
 from kappa_lightning.sensitivity import SensitivityProfile
 from kappa_lightning.sensitivity.measure import Measurement
@@ -76,6 +78,8 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         profile: a :class:`~kappa_lightning.SensitivityProfile` of these weights and this task, or the path of its file,
             which is measured and written if there is none.
         draws: how often labels are drawn for each batch of the reference.
+        experts: with ``"each"`` every expert of a fused tensor is a candidate of its own, ``<tensor>[<expert>]``;
+            otherwise ``"together"``.
 
     Attributes:
         profile: the :class:`~kappa_lightning.SensitivityProfile` of the candidates, after fit start.
@@ -132,6 +136,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         seed: int = 0,
         profile: SensitivityProfile | str | os.PathLike[str] | None = None,
         draws: int = 1,
+        experts: str = "together",
     ) -> None:
         super().__init__(include=include, exclude=exclude, always_train=always_train, train_vectors=train_vectors)
         limits = {"top_p": top_p, "num_tensors": num_tensors, "max_params": max_params}
@@ -147,6 +152,9 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
                 f'reference={reference!r} is unknown: use "generated", "inputs", "auto", a dataloader or '
                 "ReferenceInputs"
             )
+        if experts not in ("together", EACH):
+            raise ValueError(f"experts={experts!r} is unknown: use 'together' or {EACH!r}")
+        self.experts = experts
         self.reference = reference
         self.method = method
         self.batches = as_int(batches, "batches")
@@ -170,6 +178,9 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         candidates: Sequence[Weight],
         processes: Processes,
     ) -> Choice[SensitivityProfile]:
+        if self.experts == EACH:
+            candidates = split_into_parts(candidates, module)
+        parts = {weight.name: weight.part for weight in candidates if weight.part is not None}
         profile = self._known(module, candidates, processes)
         if profile is None:
             profile = self._measure(trainer, module, candidates, processes)
@@ -185,11 +196,11 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
                 "always_train"
             )
         if not self.scale_rates:
-            return Choice(profile.select_within(self.budget), profile)
+            return Choice(profile.select_within(self.budget), profile, parts=parts)
         names = [row.name for row in profile.rank()] if self.budget is None else profile.select_within(self.budget)
         within = SensitivityProfile([profile[name] for name in names], profile.settings)
         rates = {name: rate for name, rate in within.rates().items() if rate > 0}
-        return Choice([name for name in names if name in rates], profile, rates)
+        return Choice([name for name in names if name in rates], profile, rates, parts)
 
     @override
     def profile_from_dict(self, state: dict[str, Any]) -> SensitivityProfile:
@@ -207,6 +218,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             "batches": self.batches,
             "rates": self.scale_rates,
             "draws": self.draws,
+            "experts": self.experts,
             "seed": self.seed,
         }
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kappa_lightning.fingerprint import fingerprint
+from kappa_lightning.parts import split_into_parts
 from kappa_lightning.selection import Budget
 from kappa_lightning.sensitivity.choice import choose, learning_rates, predicted_forgetting, ranked, value
 from kappa_lightning.sensitivity.file import read_sensitivity_file, write_sensitivity_file
@@ -217,14 +218,16 @@ class SensitivityProfile:
 
     def differences(self, module: nn.Module) -> Iterator[str]:
         """What :meth:`check` would complain of, tensor by tensor."""
-        weights = {weight.name: weight for weight in (*find_weights(module), *vectors_of(module, trainable=False))}
+        found = find_weights(module)
+        known = [*found, *split_into_parts(found, module), *vectors_of(module, trainable=False)]
+        weights = {weight.name: weight for weight in known}
         for row in self:
-            weight = weights.get(row.name.partition("[")[0])
+            weight = weights.get(row.name)
             if weight is None:
                 yield f"the profile was measured on a different model: it has {row.name}, which this model has not"
                 continue
             dtype = str(weight.dtype).removeprefix("torch.")
-            if weight.name == row.name and (weight.shape, dtype) != (row.shape, row.dtype):
+            if (weight.shape, dtype) != (row.shape, row.dtype):
                 yield (
                     f"the profile was measured on a different model: {row.name} is {dtype} of shape {weight.shape} "
                     f"here and {row.dtype} of shape {row.shape} in the profile"

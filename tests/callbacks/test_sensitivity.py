@@ -379,3 +379,41 @@ def test_lightning_cli_yaml_holds_every_plain_argument(tmp_path):
     assert one.all_arguments() == expected.all_arguments()
     assert other.reference.num_sequences == 5
     assert other.budget.num_tensors == 3
+
+
+class Mixture(TinyNet):
+    """With three experts in one tensor, each used to another degree."""
+
+    def __init__(self, configure=adamw):
+        super().__init__(configure)
+        self.experts = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, tokens):
+        features = self.norm(self.conv(self.embed(tokens).mT)).relu().mean(-1)
+        hidden = self.hidden(features).tanh()
+        mixed = sum(
+            weight * (hidden @ expert).tanh() for weight, expert in zip((0.1, 1.0, 3.0), self.experts, strict=True)
+        )
+        return self.head(mixed)
+
+
+@pytest.mark.parametrize("method", ["gradient", "trial"])
+def test_single_experts_train_and_the_others_stay(tmp_path, method):
+    callback, module = (
+        SensitivityFreezeCallback(num_tensors=2, include=("experts",), experts="each", method=method),
+        Mixture(),
+    )
+    before = module.experts.detach().clone()
+    fit(tmp_path, module, callback)
+    assert [row.name for row in callback.profile] == ["experts[0]", "experts[1]", "experts[2]"]
+    assert [row.num_parameters for row in callback.profile] == [64] * 3
+    moved = [f"experts[{i}]" for i in range(3) if not torch.equal(module.experts[i], before[i])]
+    assert moved == sorted(callback.selected_names)
+    assert len(moved) == 2
+    whole = SensitivityFreezeCallback(num_tensors=1, include=("experts",))
+    fit(tmp_path, Mixture(), whole)
+    if method == "gradient":
+        for figure in ("signal", "sensitivity"):
+            parts = sum(getattr(row, figure) for row in callback.profile)
+            assert getattr(whole.profile["experts"], figure) == pytest.approx(parts, rel=1e-4)
+    callback.profile.check(Mixture().requires_grad_(True))
