@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, SimilarityProbe
-from recipes.shared.epochs import EpochLines, Point, draws_bars, save_picture
+from recipes.shared.epochs import EpochLines, Point, draws_bars, keep_bars_out_of_logs, save_picture
 from recipes.shared.schedule import warmup_cosine
 from recipes.shared.tensorboard import tensorboard
 
@@ -457,6 +457,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Run every method, print the table and how to look at the runs."""
     args = parse(argv)
+    keep_bars_out_of_logs()
     results = [run(method, args) for method in args.methods]
     console = Console()
     show(results, console)

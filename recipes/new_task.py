@@ -25,7 +25,7 @@ from kappa_lightning import Probe
 from recipes.shared.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
 from recipes.shared.comparison import Result, run, show
 from recipes.shared.encoding import Sample
-from recipes.shared.epochs import save_picture
+from recipes.shared.epochs import keep_bars_out_of_logs, save_picture
 from recipes.shared.module import load_encoder
 from recipes.shared.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
 from recipes.shared.small_models import SMALL_LLAMA, SMALL_MOE
@@ -136,6 +136,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Run every method, print the table and how to look at the runs."""
     args = parse(sys.argv[1:] if argv is None else argv)
+    keep_bars_out_of_logs()
     console = Console()
     probes, notes = probes_of(args.model, args.text)
     settings = settings_from(args, images=False)

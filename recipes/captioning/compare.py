@@ -13,7 +13,7 @@ from recipes.captioning.data import SCENES, CaptionData
 from recipes.captioning.probes import CaptionPerplexity, OldVision
 from recipes.shared.arguments import DefaultsHelpFormatter, add_arguments, check, settings_from
 from recipes.shared.comparison import Result, run, show
-from recipes.shared.epochs import save_picture
+from recipes.shared.epochs import keep_bars_out_of_logs, save_picture
 from recipes.shared.probes import TextAgreement, TextPerplexity, WorldAccuracy, WorldAgreement
 from recipes.shared.shapes import DESCRIBE
 from recipes.shared.small_models import SMALL_LLAVA
@@ -57,6 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def compare(argv: Sequence[str]) -> list[Result]:
     """Run every method, print the table and how to look at the runs."""
     args = parse(argv)
+    keep_bars_out_of_logs()
     console = Console()
     probes, notes = small_probes() if args.model == SMALL_LLAVA else hub_probes(args)
     settings = settings_from(args, images=True)

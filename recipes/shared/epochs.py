@@ -11,6 +11,7 @@ from typing import TextIO
 
 import lightning.pytorch as pl
 from matplotlib.figure import Figure
+from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 
@@ -74,6 +75,12 @@ class EpochLines(pl.Callback):
 def draws_bars(stream: TextIO | None = None) -> bool:
     """Whether a progress bar can be drawn: in a terminal, and not in a log file or a pipe."""
     return (stream or sys.stdout).isatty()
+
+
+def keep_bars_out_of_logs() -> None:
+    """Switch off the bars that transformers draws while it loads weights, where none can be drawn."""
+    if not draws_bars():
+        disable_progress_bar()
 
 
 def save_picture(runs: Mapping[str, Sequence[Point]], title: str, learned: str, file: Path) -> None:
