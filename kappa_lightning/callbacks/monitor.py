@@ -352,7 +352,7 @@ class KappaMonitor(Callback):
 
 
 def quantiles_by_role(values: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """The tenth, fiftieth and ninetieth percentile over each role of several tensors, under ``<prefix>/by_role/<role>/p10``.
+    """The tenth, fiftieth and ninetieth percentile over each role, under ``<prefix>/by_role/<role>/p10`` and so on.
 
     Example:
         >>> quantiles_by_role({"h.0.a.weight": 1.0, "h.1.a.weight": 3.0}, "kappa")["kappa/by_role/h.*.a.weight/p50"]
