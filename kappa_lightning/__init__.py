@@ -62,7 +62,9 @@ else:
     def __getattr__(name):
         for room, names in _ROOMS.items():
             if name in names:
-                value = getattr(import_module(room), name)
+                module = import_module(room)
+                # A room that has the name of its one function can be called, and stays a module that can be imported.
+                value = module if room == f"{__name__}.{name}" else getattr(module, name)
                 globals()[name] = value
                 return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ The room can be called like its one function, since both have the name that a us
 ``kappa_lightning.pilot(...)`` and ``from kappa_lightning.pilot import pilot`` are the same.
 """
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -36,3 +37,4 @@ class _Callable(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
+sys.modules[__name__].__signature__ = inspect.signature(pilot)  # type: ignore[attr-defined]

@@ -1,3 +1,4 @@
+import inspect
 import json
 import tomllib
 from dataclasses import replace
@@ -103,6 +104,10 @@ def test_modules_from_outside_go_through(kind):
 
 
 def test_room_can_be_called_like_its_function():
+    from kappa_lightning import pilot as room
+
+    assert inspect.signature(room) == inspect.signature(pilot)
+    assert inspect.ismodule(room)
     with pytest.raises(ValueError, match="steps=0"):
         kappa_lightning.pilot(Plain, number_loaders, number_probe, steps=0)
 
