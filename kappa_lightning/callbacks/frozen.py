@@ -9,15 +9,34 @@ from contextlib import contextmanager
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from kappa_lightning.callbacks.plan import AnyProfile, Plan
 from kappa_lightning.parts import PartialTraining, train_parts
 from kappa_lightning.strategies import StrategyAdapter, add_beside, scale_rates
 from kappa_lightning.weights import plain_parameters
+from kappa_lightning.weights.names import plain_name
 
-# Which callback froze a parameter that is frozen, so that a freeze of ours is never taken for the user's.
-_FROZEN_BY: MutableMapping[nn.Parameter, weakref.ref[Callback]] = WeakIdKeyDictionary()
+# Which callback froze the parameters of a layer that it has frozen, so that a freeze of ours is never taken for the
+# user's. By the layer, which a new LightningModule around the same network shares: FSDP2 swaps parameters, and cannot
+# if somebody has a weak reference to one.
+_FROZEN_BY: MutableMapping[nn.Module, dict[str, weakref.ref[Callback]]] = weakref.WeakKeyDictionary()
+
+Place = tuple[nn.Module, str]
+"""The layer that has a parameter, and its name there."""
+
+
+def _places(module: nn.Module) -> dict[str, Place]:
+    """The place of every parameter, by its plain name; a tied one's first."""
+    layers = dict(module.named_modules(remove_duplicate=False))
+    found = {}
+    for stored, _ in module.named_parameters():
+        owner, _, attribute = stored.rpartition(".")
+        found[plain_name(stored)] = (layers[owner], attribute)
+    return found
+
+
+def _owner(place: Place) -> weakref.ref[Callback] | None:
+    return _FROZEN_BY.get(place[0], {}).get(place[1])
 
 
 def frozen_earlier(module: nn.Module, names: Iterable[str], running: Iterable[Callback]) -> list[nn.Parameter]:
@@ -28,8 +47,8 @@ def frozen_earlier(module: nn.Module, names: Iterable[str], running: Iterable[Ca
         names: of the parameters that are looked at.
         running: callbacks whose freeze is of the fit that is beginning.
     """
-    parameters, current = plain_parameters(module), {id(callback) for callback in running}
-    owners = [(parameters[name], _FROZEN_BY.get(parameters[name])) for name in names]
+    parameters, places, current = plain_parameters(module), _places(module), {id(callback) for callback in running}
+    owners = [(parameters[name], _owner(places[name])) for name in names]
     return [p for p, owner in owners if owner is not None and not p.requires_grad and id(owner()) not in current]
 
 
@@ -74,7 +93,12 @@ class Freeze:
         self._divided = [parameters[part.parameter] for part in plan.parts]
         self._thawed = [parameters[name] for name in plan.thawed if not parameters[name].requires_grad]
         frozen = [parameters[name] for name in parameters if name in plan.frozen and name not in plan.thawed]
-        self._frozen = [parameter for parameter in frozen if parameter.requires_grad]
+        places = _places(module)
+        self._frozen = [
+            (places[name], parameters[name])
+            for name in parameters
+            if name in plan.frozen and name not in plan.thawed and parameters[name].requires_grad
+        ]
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = [(p, p.grad) for p in frozen]
         dropped = [parameters[name] for name in parameters if name in plan.dropped]
         adapter.require_steps(trainer, dropped)
@@ -88,8 +112,8 @@ class Freeze:
             if plan.rates is not None:
                 factors = {parameters[name]: rate for name, rate in plan.rates.items() if name in plan.trained}
                 self._undo_rates = scale_rates(trainer.optimizers, factors)
-            for parameter in self._frozen:
-                _FROZEN_BY[parameter] = self._owner
+            for (layer, attribute), _ in self._frozen:
+                _FROZEN_BY.setdefault(layer, {})[attribute] = self._owner
             for parameter in frozen:
                 # Not requires_grad_(), which a lazy layer's parameter refuses.
                 parameter.requires_grad = False
@@ -109,10 +133,10 @@ class Freeze:
     def thaw(self) -> None:
         """Give ``requires_grad`` back, to what no other callback has frozen since; parts are one with their wholes."""
         self._rejoin()
-        for parameter in self._frozen:
-            if _FROZEN_BY.get(parameter) is self._owner:
+        for (layer, attribute), parameter in self._frozen:
+            if _owner((layer, attribute)) is self._owner:
                 parameter.requires_grad = True
-                del _FROZEN_BY[parameter]
+                del _FROZEN_BY[layer][attribute]
         self._frozen = []
 
     def undo(self) -> None:
