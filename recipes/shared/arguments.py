@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from recipes.shared.comparison import METHODS, Settings, towers_choices
-from recipes.shared.small_models import is_small
+from recipes.shared.comparison import FOR_ALL, FOR_EXPERTS, METHODS, Settings, towers_choices
+from recipes.shared.small_models import SMALL_MOE, is_small
 
 
 class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -20,7 +20,13 @@ class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def add_arguments(parser: argparse.ArgumentParser, log_dir: Path, towers: bool = True) -> None:
     """Methods, budget, learning rates, length and place of the runs."""
     add = parser.add_argument
-    add("--method", nargs="+", choices=METHODS, default=list(METHODS), help="what to run, in order")
+    add(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        default=None,
+        help=f"what to run, in order (default: {' '.join(FOR_ALL)}; of small-moe {' '.join(FOR_EXPERTS)})",
+    )
     if towers:
         add("--towers", choices=towers_choices(), default="language", help="what may train; a projector always does")
     else:
@@ -84,7 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser, log_dir: Path, towers: bool =
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is loaded."""
+    """Refuse what cannot work before anything is loaded, and fill in which methods are compared."""
+    if args.method is None:
+        args.method = list(FOR_EXPERTS if args.model == SMALL_MOE else FOR_ALL)
     if args.text is not None and not Path(args.text).is_file():
         parser.error(f"--text: there is no file {args.text}")
     if args.text is not None and is_small(args.model):

@@ -22,7 +22,12 @@ from recipes.shared.memory import PeakMemory
 from recipes.shared.module import GenerativeModule
 from recipes.shared.towers import Towers, parts_of
 
-METHODS = ("full", "kappa", "lora", "kappa-lora")
+METHODS = ("full", "kappa", "kappa-experts", "lora", "kappa-lora")
+"""``kappa-experts`` is for mixtures of experts: single experts of low κ train, and nothing else of the towers."""
+
+FOR_ALL = ("full", "kappa", "lora", "kappa-lora")
+FOR_EXPERTS = ("full", "kappa", "kappa-experts", "lora")
+"""What is compared if nothing is chosen; adapters on single experts are not to be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,8 @@ def run(
         callbacks.append(walk_back)
     if method == "kappa":
         callbacks.insert(0, low_kappa(module, settings.max_params))
+    if method == "kappa-experts":
+        callbacks.insert(0, low_kappa_experts(settings.max_params))
     trainer = pl.Trainer(
         callbacks=callbacks,
         logger=TensorBoardLogger(settings.log_dir, name=method),
@@ -172,6 +179,11 @@ def low_kappa(module: GenerativeModule, max_params: float) -> KappaFreezeCallbac
     """Train the matrices of lowest κ within the towers, and the projector in any case."""
     projector = [f"model.{name}" for name, part in parts_of(module.model).items() if part == "projector"]
     return KappaFreezeCallback(max_params=max_params, exclude=(), always_train=projector)
+
+
+def low_kappa_experts(share: float) -> KappaFreezeCallback:
+    """Train the single experts of lowest κ, by tensor: an expert's gate and up projection, or its down projection."""
+    return KappaFreezeCallback(top_p=share, include=["@experts"], experts="each")
 
 
 def show(results: Sequence[Result], headers: Mapping[str, str], title: str, console: Console) -> None:

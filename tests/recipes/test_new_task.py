@@ -104,3 +104,14 @@ def test_padding_does_not_move_positions_that_are_learned(tmp_path):
     apart = [module.loss(module.encoder([sample])) for sample in samples]
     # Three and two tokens, end tokens included.
     torch.testing.assert_close(together, (3 * apart[0] + 2 * apart[1]) / 5)
+
+
+def test_single_experts_of_the_small_mixture_train(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_models, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sorting, "SCHOOLING", Schooling(steps=30, facts=32, samples=0, lr=3e-3))
+    options = ["--epochs", "1", "--steps-per-epoch", "1", "--batch-size", "4", "--test-size", "2"]
+    options += ["--model", "small-moe", "--method", "kappa-experts", "--log-dir", str(tmp_path / "runs")]
+    (result,) = new_task.main([*options, "--accelerator", "cpu", "--max-params", "0.25"])
+    assert result.method == "kappa-experts"
+    (rows,) = (tmp_path / "runs").glob("kappa-experts/*")
+    assert any(rows.iterdir())
