@@ -10,6 +10,7 @@ from recipes.shared import small_models, sorting
 from recipes.shared.encoding import Encoder, Sample
 from recipes.shared.module import GenerativeModule
 from recipes.shared.pretraining import Schooling
+from recipes.shared.probes import WorldAgreement
 from recipes.shared.small_llama import small_llama
 from recipes.shared.sorting import sorting_samples
 from recipes.shared.world import NUMBERS, facts, word_tokenizer
@@ -108,7 +109,10 @@ def test_padding_does_not_move_positions_that_are_learned(tmp_path):
 
 def test_single_experts_of_the_small_mixture_train(tmp_path, monkeypatch):
     monkeypatch.setattr(small_models, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(sorting, "SCHOOLING", Schooling(steps=30, facts=32, samples=0, lr=3e-3))
+    monkeypatch.setattr(sorting, "SCHOOLING", Schooling(steps=2, facts=4, samples=0, lr=3e-3))
+    # After two steps it knows no fact whose retention could be measured.
+    agreement = lambda: {"agreement": WorldAgreement("small-moe", images=False)}  # noqa: E731
+    monkeypatch.setattr(new_task, "probes_of", lambda *_: (agreement, {"agreement": "agreement"}))
     options = ["--epochs", "1", "--steps-per-epoch", "1", "--batch-size", "4", "--test-size", "2"]
     options += ["--model", "small-moe", "--method", "kappa-experts", "--log-dir", str(tmp_path / "runs")]
     (result,) = new_task.main([*options, "--accelerator", "cpu", "--max-params", "0.25"])
