@@ -17,6 +17,9 @@ from kappa_lightning.probes.metrics import TokenAgreement, TokenPerplexity
 
 Array = NDArray[np.float64]
 
+_DRAWS_BY_COMPUTE = 100
+"""Where a metric has no closed form over draws, so that an evaluation stays below a second of this."""
+
 
 def retention(before: float, now: float, higher_is_better: bool) -> float:
     """The share of a capability that is left; NaN where the ratio does not exist.
@@ -65,11 +68,14 @@ def retention_interval(
     count = len(before)
     numbers = np.random.default_rng(seed)
     draws = [numbers.integers(count, size=count) for _ in range(resamples)]
+    if not _is_closed(metric):
+        # Its own compute() runs for each draw.
+        draws = draws[:_DRAWS_BY_COMPUTE]
     figures = [_figures(metric, items, draws, lists) for items in (before, now)]
     higher = bool(metric.higher_is_better)
     ratios = np.array([retention(b, n, higher) for b, n in zip(*figures, strict=True)])
     finite = ratios[np.isfinite(ratios)]
-    if 2 * len(finite) <= resamples:
+    if 2 * len(finite) <= len(draws):
         return None
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -90,19 +96,31 @@ def _in_blocks(items: Items) -> Items:
 def _figures(metric: Metric, items: Items, draws: list[Any], lists: set[str]) -> list[float]:
     """The metric of each draw."""
     if lists:
-        scratch = deepcopy(metric).cpu()
+        scratch = _alone(metric)
         return [_compute(scratch, {n: [v[draw]] for n, v in items.states.items()}, metric) for draw in draws]
     counts = np.stack([np.bincount(draw, minlength=len(items)) for draw in draws]).astype(np.float64)
     sums = {name: np.tensordot(counts, value.numpy(), axes=(1, 0)) for name, value in items.states.items()}
     closed = _closed_form(metric, sums)
     if closed is not None:
         return [float(value) for value in closed]
-    scratch = deepcopy(metric).cpu()
+    scratch = _alone(metric)
     return [
         _compute(scratch, {n: torch.from_numpy(np.atleast_1d(v[k])).reshape(items.states[n].shape[1:])
                            for n, v in sums.items()}, metric)
         for k in range(len(draws))
     ]  # fmt: skip
+
+
+def _alone(metric: Metric) -> Metric:
+    """A copy that computes from its own states, which are those of all processes already."""
+    scratch = deepcopy(metric).cpu()
+    scratch.sync_on_compute = False
+    return scratch
+
+
+def _is_closed(metric: Metric) -> bool:
+    mean = isinstance(metric, MeanMetric) and type(metric).compute is MeanMetric.compute
+    return mean or type(metric) in (TokenPerplexity, TokenAgreement)
 
 
 def _closed_form(metric: Metric, sums: dict[str, Array]) -> Array | None:
