@@ -80,7 +80,7 @@ def draws_bars(stream: TextIO | None = None) -> bool:
 def keep_bars_out_of_logs() -> None:
     """Switch off the bars that transformers draws while it loads weights, where none can be drawn."""
     if not draws_bars():
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def save_picture(runs: Mapping[str, Sequence[Point]], title: str, learned: str, file: Path) -> None:
