@@ -30,7 +30,9 @@ from tiny import (
 )
 from torch import Tensor, nn
 
+import kappa_lightning.profile.profile
 from kappa_lightning import KappaFreezeCallback, KappaMonitor
+from kappa_lightning.profile.compute import compute_rows
 
 
 class NumpyKappas(Spy):
@@ -331,3 +333,34 @@ def test_validate_alone_does_nothing(tmp_path: Path) -> None:
     monitor = KappaMonitor()
     make_trainer(tmp_path, monitor).validate(TinyNet(), loader(), verbose=False)
     assert monitor.history == []
+
+
+# Nothing to compute
+
+
+def test_monitor_with_every_figure_known_computes_nothing_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def on_a_gpu(weights: Any, *given: Any, **options: Any) -> Any:
+        asked.append(len(weights))
+        return compute_rows(weights, *given, **{**options, "device": "cpu" if weights else "cuda"})
+
+    monkeypatch.setattr(kappa_lightning.profile.profile, "compute_rows", on_a_gpu)
+    module, freeze = Bank(a=(4, 2.0), b=(4, 9.0)), KappaFreezeCallback(num_tensors=1)
+    monitor = KappaMonitor(tensors=["b.weight"])
+    fit(tmp_path, module, freeze, monitor, max_epochs=2)
+    assert asked[0] == 2
+    assert asked[1:]
+    assert set(asked[1:]) == {0}
+    assert [record["kappa"] for record in monitor.history] == [{"b.weight": freeze.profile["b.weight"].kappa}] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_freeze_and_monitor_with_nothing_pending_run_on_the_gpu(tmp_path: Path) -> None:
+    monitor = KappaMonitor(tensors=["b.weight"])
+    module = Bank(a=(4, 2.0), b=(4, 9.0))
+    fit(tmp_path, module, KappaFreezeCallback(num_tensors=1), monitor, max_epochs=2, accelerator="gpu")
+    assert [record["epoch"] for record in monitor.history] == [0, 1, 2]

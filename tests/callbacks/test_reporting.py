@@ -109,3 +109,14 @@ def test_mlflow_offline_takes_pictures_and_texts(tmp_path: Path, monkeypatch: py
     fit(tmp_path, TinyNet(), _WithText(), KappaMonitor(), logger=logger)
     assert list(tmp_path.rglob("artifacts/forgetting/story/step=3.png"))
     assert next(tmp_path.rglob("artifacts/forgetting/a/samples/step=3.md")).read_text() == "| now |"
+
+
+def test_csv_rows_of_the_callbacks_carry_the_epoch(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    forgetting, monitor = ForgettingEval({"words": scripted_probe([0.8, 0.6, 0.4])}), KappaMonitor()
+    fit(tmp_path, TinyNet(), forgetting, monitor, logger=logger, max_epochs=2)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for tag in ("forgetting/retention", "kappa/median"):
+        found = [(row["epoch"], row["step"]) for row in rows if row[tag]]
+        assert found == [("0", "0"), ("0", "3"), ("1", "6")]

@@ -183,3 +183,29 @@ def test_plain_modules_and_weight_norm_have_no_adapters() -> None:
     assert not has_adapters(TinyNet())
     assert not has_adapters(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3).requires_grad_(False)))
     assert has_adapters(_with_peft(0.0))
+
+
+# Infinite figures
+
+
+def _column(callback: ForgettingEval, tag: str) -> list[float]:
+    return [record[tag] for record in callback.history]
+
+
+def test_infinite_perplexity_is_a_retention_of_zero(tmp_path: Path) -> None:
+    probe = scripted_probe([20.0, math.inf, 16.0], higher_is_better=False)
+    callback = ForgettingEval({"text": probe}, min_retention=0.5, on_breach="warn")
+    with pytest.warns(UserWarning, match=r"after epoch 1: text 0\.0000"):
+        fit(tmp_path, TinyNet(), callback, max_epochs=2)
+    assert _column(callback, "forgetting/text/score") == [20.0, math.inf, 16.0]
+    assert _column(callback, "forgetting/text/retention") == [1.0, 0.0, 1.25]
+
+
+@pytest.mark.filterwarnings("ignore:Encountered `nan` values")
+@pytest.mark.parametrize(
+    ("values", "higher_is_better"), [([20.0, math.nan], False), ([math.inf], False), ([0.5, math.inf], True)]
+)
+def test_figure_without_a_ratio_is_an_error(tmp_path: Path, values: list[float], higher_is_better: bool) -> None:
+    callback = ForgettingEval({"text": scripted_probe(values, higher_is_better)}, min_retention=0.5, on_breach="warn")
+    with pytest.raises(ValueError, match=rf"'text' returned score={values[-1]} at step {3 * (len(values) - 1)}"):
+        fit(tmp_path, TinyNet(), callback)

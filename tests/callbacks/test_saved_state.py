@@ -20,11 +20,12 @@ from tiny import (
     loader,
     make_trainer,
     numpy_ranking,
+    scripted_probe,
     snapshot,
     trainable,
 )
 
-from kappa_lightning import KappaFreezeCallback
+from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor
 
 
 def begin(root: Path, *callbacks: Callback, **options: Any) -> tuple[TinyNet, pl.Trainer]:
@@ -209,3 +210,33 @@ def test_checkpoint_of_version_0_1_resumes_with_its_smaller_groups(tmp_path: Pat
         runs.append(module)
     assert runs[0].losses == runs[1].losses
     assert_same_tensors(snapshot(runs[0]), snapshot(runs[1]))
+
+
+# Checkpoints that other loops load
+
+
+class Evaluated(TinyNet):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch))
+
+
+@pytest.mark.parametrize("method", ["validate", "test"])
+def test_evaluating_an_earlier_checkpoint_leaves_the_figures_of_the_fit_alone(tmp_path: Path, method: str) -> None:
+    forgetting, monitor = ForgettingEval({"words": scripted_probe([0.8, 0.6, 0.4])}), KappaMonitor()
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    module = Evaluated()
+    trainer = fit(tmp_path, module, forgetting, monitor, keep, max_epochs=2)
+    expected = forgetting.state_dict(), monitor.state_dict()
+    getattr(trainer, method)(module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert (forgetting.state_dict(), monitor.state_dict()) == expected
+    assert [record["epoch"] for record in forgetting.history] == [0, 1, 2]
+    assert [record["epoch"] for record in monitor.history] == [0, 1, 2]
+
+
+def test_selection_of_a_checkpoint_that_was_validated_is_not_taken_for_that_of_the_next(tmp_path: Path) -> None:
+    fit(tmp_path, TinyNet(), KappaFreezeCallback(num_tensors=2)).save_checkpoint(tmp_path / "a.ckpt")
+    fit(tmp_path, TinyNet()).save_checkpoint(tmp_path / "b.ckpt")
+    trainer, module = make_trainer(tmp_path, KappaFreezeCallback(num_tensors=2), max_epochs=2), TinyNet()
+    trainer.validate(module, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    with pytest.raises(ValueError, match=r"b\.ckpt was saved without KappaFreezeCallback and holds no selection"):
+        trainer.fit(module, loader(), ckpt_path=tmp_path / "b.ckpt")

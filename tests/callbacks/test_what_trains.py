@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,46 @@ def test_ranking_of_a_second_choice_is_that_of_numpy(tmp_path: Path) -> None:
     callback = KappaFreezeCallback(num_tensors=2)
     fit(tmp_path, module, callback, limit_train_batches=1)
     assert callback.selected_names == expected
+
+
+# All-zero candidates
+
+
+def _messages(act: Callable[[], Any]) -> list[str]:
+    """What is warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    return [str(warning.message) for warning in caught]
+
+
+def _with_a_zero_matrix() -> Bank:
+    module = Bank(a=(4, 2.0), b=(4, 9.0), lora_B=(4, 1.0))
+    nn.init.zeros_(module.lora_B.weight)
+    return module
+
+
+def test_zero_candidate_that_stays_frozen_is_warned_of_by_name(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"1 candidate.* all zero.*lora_B\.weight.*always_train"):
+        fit(tmp_path, _with_a_zero_matrix(), KappaFreezeCallback(num_tensors=1))
+
+
+@pytest.mark.parametrize("options", [{"num_tensors": 1, "always_train": ["lora_B.weight"]}, {"num_tensors": 3}])
+def test_zero_matrix_that_trains_moves_and_is_not_warned_of(tmp_path: Path, options: dict[str, Any]) -> None:
+    module = _with_a_zero_matrix()
+    messages = _messages(lambda: fit(tmp_path, module, KappaFreezeCallback(**options)))
+    assert not [text for text in messages if "all zero" in text]
+    assert module.lora_B.weight.count_nonzero() > 0
+
+
+# Groups of others
+
+
+def test_unfreeze_leaves_a_group_that_another_callback_added(tmp_path: Path) -> None:
+    module, callback, extra = TinyNet(), KappaFreezeCallback(num_tensors=1), nn.Parameter(torch.zeros(1))
+    add = Spy(on_train_start=lambda trainer, _: trainer.optimizers[0].add_param_group({"params": [extra]}))
+    trainer = fit(tmp_path, module, callback, add)
+    callback.unfreeze()
+    assert trainable(module) == [name for name, _ in module.named_parameters()]
+    (groups,) = group_ids(trainer.optimizers)
+    assert groups == [*module.made_groups[0], [id(extra)]]

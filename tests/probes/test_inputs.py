@@ -1,9 +1,12 @@
 """What a module says of a batch, from modules as users write them."""
 
+from __future__ import annotations
+
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
+from tiny import Up
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -16,6 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from kappa_lightning import AccuracyProbe, Probe
 from kappa_lightning.probes.inputs import GeneratedText, ReferenceInputs, TaskInputs, resolve_reference
 from kappa_lightning.probes.output import Bernoulli, Gaussian
 
@@ -243,3 +247,27 @@ def test_tokens_that_stand_for_an_image_do_not_count():
 def test_dataloader_that_is_read_once_is_refused():
     with pytest.raises(TypeError, match="is a generator"):
         ReferenceInputs(x for x in [1])
+
+
+# Names and labels
+
+
+@pytest.mark.parametrize("name", ["retention", "forgetting"])
+def test_probe_named_as_another_figure_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"name='{name}' is the tag of another figure"):
+        Probe([0], Up(), lambda module, batch: batch, name=name)
+
+
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
+        (torch.eye(3), r"torch\.float32 of shape \(3, 3\)"),
+        (torch.eye(3, dtype=torch.int64), r"torch\.int64 of shape \(3, 3\)"),
+        (torch.tensor([[0], [1], [1]]), r"torch\.int64 of shape \(3, 1\)"),
+        (torch.tensor([0.0, 1.0, 1.0]), r"torch\.float32 of shape \(3,\)"),
+    ],
+)
+def test_labels_that_are_no_class_numbers_are_refused(labels: Tensor, match: str) -> None:
+    batch = (torch.eye(3), labels)
+    with pytest.raises(ValueError, match=rf"class numbers of shape \(3,\) for logits of shape \(3, 3\).*{match}"):
+        AccuracyProbe([batch]).update(nn.Identity(), batch)

@@ -1,9 +1,17 @@
+from __future__ import annotations
+
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny import TinyNet, fit
+from torch import Tensor, nn
 
+from kappa_lightning import ForgettingEval
+from kappa_lightning.probes import SimilarityProbe
 from kappa_lightning.probes.metrics import IGNORED, MeanCorrect, TokenPerplexity
 
 
@@ -100,3 +108,53 @@ def test_mean_correct_weighs_samples_and_not_batches():
     metric.update(torch.tensor([1.0]))
     metric.update(torch.tensor([0.0, 0.0, 1.0]))
     assert metric.compute().item() == 0.5
+
+
+# Human scores
+
+
+def test_human_scores_keep_their_precision_in_a_module_of_lower_precision(tmp_path: Path) -> None:
+    first, second = torch.eye(3), torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 0, 0]])  # cosines 1, 0.7 and 0
+    scores = torch.tensor([3.81, 3.805, 0.0])
+    assert scores.bfloat16()[0] == scores.bfloat16()[1]
+    seen = set()
+
+    def embed(module: nn.Module, x: Tensor) -> Tensor:
+        seen.add(x.dtype)
+        return x
+
+    callback = ForgettingEval({"pairs": SimilarityProbe([(first, second, scores)], embed)})
+    fit(tmp_path, TinyNet(), callback, precision="bf16-true")
+    assert seen == {torch.bfloat16}
+    assert callback.baseline["pairs"] == pytest.approx(1.0, abs=1e-4)  # with a tie, 0.87
+
+
+# Many tokens
+
+
+@pytest.mark.parametrize("shape", [(1, 1024), (1, 1025), (3, 1100), (5, 417)], ids=str)
+def test_perplexity_over_many_tokens_is_that_in_float64(shape: tuple[int, int]) -> None:
+    random_numbers = torch.Generator().manual_seed(5)
+    logits = 4 * torch.randn(*shape, 17, generator=random_numbers)
+    labels = torch.randint(17, shape, generator=random_numbers)
+    labels[torch.rand(shape, generator=random_numbers) < 0.2] = -100
+    metric = TokenPerplexity()
+    metric.update(logits, labels)
+    counts = labels != -100
+    nats = -logits.double().log_softmax(-1)[counts].gather(-1, labels[counts].unsqueeze(-1))
+    assert metric.compute().item() == pytest.approx(nats.mean().exp().item(), rel=1e-6)
+    assert metric.tokens.item() == counts.sum().item()
+
+
+def test_perplexity_never_copies_more_than_a_part_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = nn.functional.cross_entropy
+
+    def cross_entropy(logits: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        sizes.append(len(logits))
+        return original(logits, *arguments, **options)
+
+    monkeypatch.setattr(nn.functional, "cross_entropy", cross_entropy)
+    TokenPerplexity().update(torch.zeros(2, 1500, 3), torch.zeros(2, 1500, dtype=torch.int64))
+    assert sum(sizes) == 3000
+    assert max(sizes) <= 1024

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import nn
 import kappa_lightning.profile.compute as compute
 from kappa_lightning import KappaProfile
 from kappa_lightning.profile.batches import batches_of_one_shape, working_bytes_of
+from kappa_lightning.profile.compute import compute_rows
 from kappa_lightning.weights import find_weights
 
 CUDA = torch.device("cuda")
@@ -242,3 +245,7 @@ def test_interrupted_pass_over_small_tensors_loses_one_batch_at_most(tmp_path, m
     calls[:] = [0, 0]
     KappaProfile.from_model(net, progress=False, save_to=tmp_path / "kappa.json")
     assert sum(calls) == 300 - done
+
+
+def test_no_weights_on_a_gpu_give_no_rows() -> None:
+    assert list(compute_rows([], device="cuda")) == []
