@@ -30,7 +30,7 @@ from kappa_lightning.callbacks.reporting import (
     shows_pictures,
 )
 from kappa_lightning.callbacks.retention import figures_of, require_ratios, retention_charts
-from kappa_lightning.callbacks.schedule import Schedule, warn_of_stale_monitors
+from kappa_lightning.callbacks.schedule import EVERY_EPOCH, Schedule, warn_of_stale_monitors
 from kappa_lightning.callbacks.state import figures_in
 from kappa_lightning.callbacks.story import Story
 from kappa_lightning.callbacks.trainer import batch_limit
@@ -133,9 +133,10 @@ class ForgettingEval(Callback):
     def __init__(
         self,
         probes: Mapping[str, Probe],
-        every_n_epochs: int | None = None,
+        every_n_epochs: int | None = EVERY_EPOCH,
         min_retention: float | None = None,
         on_breach: OnBreach = "stop",
+        *,
         every_n_train_steps: int | None = None,
         judged_by: JudgedBy = "retention",
         figures: bool = True,

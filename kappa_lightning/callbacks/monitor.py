@@ -18,7 +18,7 @@ from typing_extensions import override
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_figure, log_layout, log_scalars, publish, shows_pictures
-from kappa_lightning.callbacks.schedule import Schedule
+from kappa_lightning.callbacks.schedule import EVERY_EPOCH, Schedule
 from kappa_lightning.callbacks.state import figures_in
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.settings import ProfileSettings
@@ -87,9 +87,10 @@ class KappaMonitor(Callback):
 
     def __init__(
         self,
-        every_n_epochs: int | None = None,
+        every_n_epochs: int | None = EVERY_EPOCH,
         tensors: str | Sequence[str] = "trainable",
         figures: bool = True,
+        *,
         every_n_train_steps: int | None = None,
         scalars: Literal["auto", "all"] = "auto",
     ) -> None:

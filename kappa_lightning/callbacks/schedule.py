@@ -9,6 +9,13 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 
+class _Unless(int):
+    """A default that gives way where another one is given; otherwise the number that it is."""
+
+
+EVERY_EPOCH = _Unless(1)
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """After every n-th epoch, every n-th optimizer step, or both.
@@ -31,6 +38,8 @@ class Schedule:
     every_n_train_steps: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.every_n_epochs, _Unless):
+            object.__setattr__(self, "every_n_epochs", None)
         for name in ("every_n_epochs", "every_n_train_steps"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
