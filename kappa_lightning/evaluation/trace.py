@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import io
+import queue
+import random
+import sys
+import threading
+import types
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 # A buffer of numbers that no layer computes with as floats, and larger than this, is a stored weight or a table.
@@ -24,8 +37,10 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
     - the mode of every submodule, through its own ``train(mode)``, and the weights of layers that change them there
       (LoRA that merges its update for evaluation takes it out again, and with it the rounding);
-    - all buffers, and every other attribute of every submodule: tensors, numbers, generators, the contents of lists
-      and dicts, hooks, the settings in transformers' configurations;
+    - all buffers, and every other attribute of every submodule: tensors, arrays, numbers, generators, the contents of
+      lists, deques, tuples, sets and dicts, hooks, the settings in transformers' configurations;
+    - the attributes of objects that it keeps, such as meters, but not the Trainer, datasets, loaders, loggers,
+      callbacks and optimizers, and nothing that holds a lock, a thread or a file;
     - the state of torchmetrics in the module, also of those in its lists and dicts;
     - ``requires_grad`` and the gradients;
     - the state of every global random number generator.
@@ -148,8 +163,7 @@ class _Kept:
             return
         if isinstance(value, nn.Parameter | nn.Module) and not isinstance(value, Metric):
             return
-        if isinstance(value, Tensor | Metric | list | dict | set | torch.Generator) or _is_configuration(value):
-            self._seen.add(id(value))
+        self._seen.add(id(value))
         if isinstance(value, Tensor):
             table = not value.is_floating_point() and not value.is_complex()
             if table and value.nbytes > _LARGEST_COPIED_TABLE:
@@ -161,11 +175,16 @@ class _Kept:
         elif isinstance(value, torch.Generator):
             state = value.get_state()
             self.undo.append(lambda: _set_state(value, state))
-        elif isinstance(value, list):
+        elif isinstance(value, np.random.Generator | np.random.RandomState | random.Random):
+            self._keep_generator(value)
+        elif isinstance(value, np.ndarray):
+            self._keep_array(value)
+        elif isinstance(value, list | deque | tuple | frozenset):
             items = list(value)
             for item in items:
                 self._keep_value(name, item)
-            self.undo.append(lambda: _set_items(value, items))
+            if isinstance(value, list | deque):
+                self.undo.append(lambda: _set_items(value, items))
         elif isinstance(value, dict):
             entries = dict(value)
             for key, entry in entries.items():
@@ -174,9 +193,35 @@ class _Kept:
         elif isinstance(value, set):
             members = set(value)
             self.undo.append(lambda: _set_members(value, members))
-        elif _is_configuration(value):
-            settings = dict(vars(value))
-            self.undo.append(lambda: _set_entries(vars(value), settings))
+        elif _is_object(value):
+            attributes = vars(value)
+            if not _is_configuration(value):  # whose settings are replaced, never changed in place
+                for attribute, entry in list(attributes.items()):
+                    self._keep_value(f"{name}.{attribute}", entry)
+            settings = dict(attributes)
+            self.undo.append(lambda: _set_entries(attributes, settings))
+
+    def _keep_generator(self, generator: np.random.Generator | np.random.RandomState | random.Random) -> None:
+        if isinstance(generator, random.Random):
+            drawn = generator.getstate()
+            self.undo.append(lambda: generator.setstate(drawn))
+        elif isinstance(generator, np.random.RandomState):
+            state = generator.get_state()
+            self.undo.append(lambda: generator.set_state(state))
+        else:
+            bits = generator.bit_generator
+            counted = bits.state
+            self.undo.append(lambda: setattr(bits, "state", counted))
+
+    def _keep_array(self, array: np.ndarray[Any, Any]) -> None:
+        # One in a file is a dataset.
+        if array.flags.writeable and not isinstance(array, np.memmap):
+            copied = array.copy()
+
+            def undo() -> None:
+                array[...] = copied
+
+            self.undo.append(undo)
 
     def _keep_content(self, tensor: Tensor) -> None:
         if tensor.is_meta or tensor.is_inference():
@@ -204,6 +249,32 @@ def _is_configuration(value: Any) -> bool:
     return kind.__name__.endswith("Config") and kind.__module__.partition(".")[0] == "transformers"
 
 
+# What has a life of its own beside the module, or holds the data.
+_APART = (pl.Trainer, pl.LightningDataModule, pl.Callback, Logger, Dataset, DataLoader, Optimizer, LRScheduler)
+_BARE = (types.SimpleNamespace, argparse.Namespace)
+
+
+def _is_object(value: Any) -> bool:
+    """Whether it is an object with attributes that the module keeps for itself, such as a meter."""
+    if _is_configuration(value) or type(value) in _BARE:
+        return True
+    if isinstance(value, type) or not hasattr(value, "__dict__") or isinstance(value, _APART):
+        return False
+    if any(isinstance(held, _SHARED) for held in vars(value).values()):
+        return False
+    package = type(value).__module__.partition(".")[0]
+    # A script's own classes are in __main__, which counts as one of Python's modules.
+    return package == "__main__" or package not in {*sys.stdlib_module_names, *_MACHINERY}
+
+
+# What holds one of these is at work beside the run, such as a writer or a connection.
+_SHARED = (threading.Thread, type(threading.Lock()), type(threading.RLock()), threading.Event, queue.Queue, io.IOBase)
+_MACHINERY = frozenset(
+    {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities"}
+    | {"wandb", "mlflow", "neptune", "comet_ml", "clearml", "aim", "tensorboardX"}
+)
+
+
 def _version(tensor: Tensor) -> int:
     # Tensors made in inference mode count no changes, and can have none outside of it.
     return 0 if tensor.is_inference() else tensor._version
@@ -213,9 +284,10 @@ def _set_state(generator: torch.Generator, state: Tensor) -> None:
     generator.set_state(state)
 
 
-def _set_items(kept: list[Any], items: list[Any]) -> None:
+def _set_items(kept: list[Any] | deque[Any], items: list[Any]) -> None:
     if len(kept) != len(items) or any(now is not before for now, before in zip(kept, items, strict=True)):
-        kept[:] = items
+        kept.clear()
+        kept.extend(items)
 
 
 def _set_entries(kept: dict[Any, Any], entries: Mapping[Any, Any]) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
+import threading
+from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -277,3 +282,63 @@ def test_evaluation_outside_of_a_fit_gives_the_metric_and_leaves_the_module_alon
     assert evaluate_probe(model, AccuracyProbe([(inputs, labels)])) == 0.75
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Meter:
+    """A running mean, as training scripts have it."""
+
+    def __init__(self) -> None:
+        self.total, self.values = 0.0, [torch.zeros(1)]
+
+    def update(self, value: float) -> None:
+        self.total += value
+        self.values[0] += value
+        self.values.append(torch.ones(1))
+
+
+def test_objects_that_a_module_keeps_beside_tensors_are_put_back():
+    net = nn.Linear(2, 2)
+    net.meter, net.meters = Meter(), {"val": Meter()}
+    net.recent, net.pair = deque([1, 2], maxlen=3), (torch.zeros(2), [1])
+    net.array, net.namespace = np.zeros(2), SimpleNamespace(count=0)
+    net.meter.owner = net  # a circle
+    draws = (np.random.default_rng(1), np.random.RandomState(1), random.Random(1))
+    net.numpy, net.older, net.python = draws
+
+    def found() -> str:
+        meters = [(meter.total, meter.values) for meter in (net.meter, net.meters["val"])]
+        states = (net.numpy.bit_generator.state, net.older.get_state(), net.python.getstate())
+        return repr((meters, net.recent, net.pair, net.array, net.namespace, states))
+
+    before = found()
+    with undisturbed(net):
+        net.meter.update(2.0)
+        net.meters["val"].update(3.0)
+        net.recent.extend([3, 4])
+        net.pair[0].add_(1)
+        net.pair[1].append(2)
+        net.array += 1
+        net.namespace.count = 1
+        for generator in draws:
+            generator.random()
+        net.older.random_sample(700)
+        assert found() != before
+    assert found() == before
+    assert net.recent.maxlen == 3
+
+
+def test_trainer_of_a_module_goes_on_where_it_is():
+    net = pl.LightningModule()
+    net.trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    with undisturbed(net):
+        net.trainer.should_stop = True
+    assert net.trainer.should_stop
+
+
+def test_object_that_works_beside_the_run_goes_on():
+    net = nn.Linear(2, 2)
+    net.writer = Meter()
+    net.writer.lock = threading.Lock()
+    with undisturbed(net):
+        net.writer.update(1.0)
+    assert net.writer.total == 1.0
