@@ -38,8 +38,13 @@ def measure(
         ValueError: if the dataloader gives no batch or the metric is no scalar; this and any error of the probe's own
             code names the probe.
     """
+    return measure_probe(module, probe, circumstances_of(trainer, module, name), name, within)
+
+
+def circumstances_of(trainer: pl.Trainer, module: pl.LightningModule, name: str) -> Circumstances:
+    """What a Trainer adds to the evaluation of the probe of a name."""
     adapter = adapter_for(trainer)
-    circumstances = Circumstances(
+    return Circumstances(
         device=trainer.strategy.root_device,
         processes=adapter.processes(trainer),
         share=adapter.share(trainer),
@@ -50,4 +55,3 @@ def measure(
         settle=partial(adapter.settle, module),
         track=lambda batches, total: track(trainer, batches, total=total, description=f"Probe {name}", unit="batch"),
     )
-    return measure_probe(module, probe, circumstances, name, within)

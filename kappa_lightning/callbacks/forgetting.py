@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from kappa_lightning.callbacks.evaluation import measure
 from kappa_lightning.callbacks.order import move_before
+from kappa_lightning.callbacks.recoverable import Recoverable
 from kappa_lightning.callbacks.reporting import (
     has_folder,
     log_figure,
@@ -69,6 +70,7 @@ class ForgettingEval(Callback):
     - ``forgetting/<probe>/above_chance``, for a probe that knows its chance level: (now − chance) over
       (baseline − chance);
     - ``forgetting/<probe>/nats``, for a perplexity: the loss in nats a token, ln(now / baseline);
+    - ``forgetting/<probe>/recoverable``, with ``recoverable=k``: the retention after k steps back, on a copy;
     - ``forgetting/retention``: the mean retention over all probes, those of the Trainer's other ForgettingEvals
       included, each with its latest figure.
 
@@ -86,6 +88,15 @@ class ForgettingEval(Callback):
     With adapters in the module (PEFT, or a parametrization with parameters on a frozen tensor) the baseline is measured
     with the adapters off. If they are not the identity at the start, that is warned of.
 
+    What is lost may only be out of line: features that are still there, and a last layer that no longer uses them
+    (Zheng et al., *Spurious Forgetting in Continual Learning of Language Models*, arXiv 2501.13453). With
+    ``recoverable=k`` each evaluation takes k steps on copies of the parameters that train, one on each of the probe's
+    first k batches, in eval mode, with an optimizer of the kind, the settings and the initial rate of the module's
+    first one, and measures the probe's other batches again. What comes back was never lost. The figure before the
+    first step tells what such steps do to a model that has lost nothing. The run itself goes on bit for bit as without.
+    It costs k forward and backward passes and a second pass over the probe for each evaluation, and the memory of
+    another copy of what trains with its gradients and its optimizer's state.
+
     The baseline survives a resume and a second fit of the same module, and is never measured on trained weights. With
     ``fast_dev_run`` each probe reads as many batches as the other loops, and its figures are not judged.
 
@@ -98,6 +109,9 @@ class ForgettingEval(Callback):
         every_n_train_steps: the number of optimizer steps (``Trainer.global_step``) between evaluations.
         judged_by: what may not fall below ``min_retention``: the ``"retention"`` itself, or ``"retention_low"``, the
             lower end of its interval.
+        recoverable: the number k of steps back; ``None`` takes none. Each probe needs a loss (those for accuracy,
+            perplexity and agreement have one, others take ``loss=``), more than k batches and no shuffling. Not for
+            strategies that shard the weights.
         figures: whether to draw ``forgetting/story``, the retention of every probe with its interval over the training
             loss, for loggers that take pictures, and at the end as ``forgetting.png`` into the logger's folder.
 
@@ -139,6 +153,7 @@ class ForgettingEval(Callback):
         *,
         every_n_train_steps: int | None = None,
         judged_by: JudgedBy = "retention",
+        recoverable: int | None = None,
         figures: bool = True,
     ) -> None:
         super().__init__()
@@ -167,6 +182,8 @@ class ForgettingEval(Callback):
             )
         self.probes = dict(probes)
         self.judged_by = judged_by
+        self.recoverable = recoverable
+        self._recoverable = Recoverable(recoverable, self.probes)
         self.figures = figures
         self.story = Story()
         self.min_retention = min_retention
@@ -217,6 +234,7 @@ class ForgettingEval(Callback):
             missing = [name for name in self.probes if name not in self.baseline]
             if missing:
                 raise ValueError(_NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=missing[0]))
+            self._recoverable.restore(self._restored.get("rest", {}), f"the checkpoint {trainer.ckpt_path}")
             for name, probe in self.probes.items():
                 probe.load_state_dict(self._restored.get("probes", {}).get(name, {}))
         elif trainer.ckpt_path is not None and self._checkpoint_step > 0:
@@ -289,6 +307,7 @@ class ForgettingEval(Callback):
             "every_n_epochs": self.schedule.every_n_epochs,
             "every_n_train_steps": self.schedule.every_n_train_steps,
             "min_retention": self.min_retention,
+            "recoverable": self.recoverable,
         }
         arguments = ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
         return f"ForgettingEval({arguments}, on_breach={self.on_breach!r})"
@@ -304,6 +323,7 @@ class ForgettingEval(Callback):
             "history": list(self.history),
             "probes": probes,
             "items": items,
+            "rest": dict(self._recoverable.before),
             "losses": [list(pair) for pair in self.story.losses()],
         }
 
@@ -393,7 +413,9 @@ class ForgettingEval(Callback):
         for probe in self.probes.values():
             probe.begin_baseline()
         adapted = has_adapters(module)
-        base = self._measure(trainer, module, partial(adapters_off, module) if adapted else nullcontext)
+        within = partial(adapters_off, module) if adapted else nullcontext
+        base = self._measure(trainer, module, within)
+        self._recoverable.begin(trainer, module, within)
         values = {name: measurement.value for name, measurement in base.items()}
         if batch_limit(trainer) is None:
             require_ratios(self.probes, values)
@@ -427,6 +449,7 @@ class ForgettingEval(Callback):
         for name, measurement in measured.items():
             scalars |= figures_of(name, self.probes[name], self.baseline[name], self._items.get(name), measurement)
             retentions.append(scalars[f"forgetting/{name}/retention"])
+        scalars |= self._recoverable.figures(trainer, trainer.lightning_module)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = _others(trainer, self)
         pending = [o for o in others if callbacks.index(o) > callbacks.index(self) and o.is_due(trainer, moment)]

@@ -110,6 +110,7 @@ def measure_probe(
     circumstances: Circumstances,
     name: str | None = None,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    dataloader: Iterable[Any] | None = None,
 ) -> Measurement:
     """A probe's metric on a module under what a Trainer adds, and its items; see :func:`evaluate_probe`.
 
@@ -122,10 +123,11 @@ def measure_probe(
         circumstances: what a Trainer adds.
         name: the probe's, for the notes of errors that its own code raises.
         within: makes a context around all batches, inside which what it changes in the module is put back.
+        dataloader: other batches than the probe's own.
     """
     share, processes = circumstances.share, circumstances.processes
     device = circumstances.device or _device_of(module)
-    batches = SharedBatches(probe.dataloader, share, limit=circumstances.limit)
+    batches = SharedBatches(probe.dataloader if dataloader is None else dataloader, share, limit=circumstances.limit)
     # In lockstep a process that fails leaves the others in a forward pass, where they cannot be told.
     together = Processes() if share.lockstep else processes
     with undisturbed(module), circumstances.evaluating(), within():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kappa_lightning.probes.logits import class_logits
 from kappa_lightning.probes.metrics import IGNORED, MeanCorrect
@@ -55,7 +56,12 @@ class AccuracyProbe(Probe):
             return None if self._classes is None else 1 / self._classes
         return super().chance
 
-    def _correct(self, module: nn.Module, batch: Any) -> Tensor:
+    def loss_of(self, module: nn.Module, batch: Any) -> Tensor:
+        """The cross-entropy of the labels, in nats."""
+        scores, labels = self._scored(module, batch)
+        return functional.cross_entropy(scores.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
+
+    def _scored(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         labels: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
         scores: Tensor = self._logits(module, batch)
         if scores.shape[:-1] != labels.shape or labels.is_floating_point():
@@ -63,6 +69,10 @@ class AccuracyProbe(Probe):
                 f"AccuracyProbe needs class numbers of shape {tuple(scores.shape[:-1])} for logits of shape "
                 f"{tuple(scores.shape)}, and the labels are {labels.dtype} of shape {tuple(labels.shape)}"
             )
+        return scores, labels
+
+    def _correct(self, module: nn.Module, batch: Any) -> Tensor:
+        scores, labels = self._scored(module, batch)
         self._classes = scores.shape[-1]
         correct = scores.argmax(-1) == labels
         return torch.as_tensor(correct)[labels != IGNORED].float()

@@ -143,6 +143,10 @@ class AgreementProbe(Probe):
         lengths = [batch["input_ids"].shape[1]] * len(batch["input_ids"]) if mask is None else mask.sum(1).tolist()
         return [part for part in torch.split(result, lengths) if len(part)]
 
+    def loss_of(self, module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The mean divergence from what the model was, in nats a token."""
+        return self._divergences(module, batch).mean()
+
     def _divergences(self, module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             raise TypeError("AgreementProbe needs batches that are mappings with an entry input_ids")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kappa_lightning.probes.logits import causal_logits
 from kappa_lightning.probes.metrics import IGNORED, TokenPerplexity
@@ -46,6 +47,11 @@ class PerplexityProbe(Probe):
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             raise TypeError("PerplexityProbe needs batches that are mappings with an entry input_ids")
         return self._logits(module, batch)[:, :-1], next_token_labels(batch)
+
+    def loss_of(self, module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The mean negative log-likelihood of the predicted tokens, in nats."""
+        scores, labels = self._predictions(module, batch)
+        return functional.cross_entropy(scores.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
 
 def next_token_labels(batch: Mapping[str, Any]) -> Tensor:

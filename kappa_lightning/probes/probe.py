@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 Step = Callable[[Any, Any], Any]
 
-FIGURES = ("retention", "retention_low", "retention_high", "forgetting", "above_chance", "nats", "recovered")
+FIGURES = ("retention", "retention_low", "retention_high", "forgetting", "above_chance", "nats", "recoverable")
 """What is logged beside a probe's metric, and so no name of a metric."""
 
 
@@ -26,6 +26,8 @@ class Probe:
             processes each runs it on a share of the batches.
         name: the metric's name in the logs; by default its class in snake case.
         chance: the metric of a model that has not the capability, such as one that guesses; ``None`` if not known.
+        loss: ``loss(module, batch)`` returns a scalar tensor that falls as the capability grows, for
+            ``ForgettingEval(recoverable=…)``, which takes steps down it on a copy.
 
     Raises:
         TypeError: if ``metric`` is no single torchmetrics ``Metric``, or ``step`` cannot be called.
@@ -54,6 +56,7 @@ class Probe:
         *,
         name: str | None = None,
         chance: float | None = None,
+        loss: Step | None = None,
     ) -> None:
         if not isinstance(metric, Metric):
             raise TypeError(
@@ -73,9 +76,12 @@ class Probe:
             )
         if known_length(dataloader) == 0:
             raise ValueError("the dataloader is empty: there is nothing to measure")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss={loss!r} is not callable: give a function of (module, batch)")
         self.dataloader = dataloader
         self.metric = metric
         self.step = step
+        self._loss = loss
         self.name = name or _snake_case(type(metric).__name__)
         if chance is not None and (isinstance(chance, bool) or not isinstance(chance, int | float)):
             raise TypeError(f"chance={chance!r} is no number: give the metric of a model that guesses")
@@ -98,6 +104,22 @@ class Probe:
     def chance(self) -> float | None:
         """The metric of a model that has not the capability; ``None`` if it is not known."""
         return self._chance
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the capability can be trained, by :meth:`loss_of`."""
+        return self._loss is not None or type(self).loss_of is not Probe.loss_of
+
+    def loss_of(self, module: nn.Module, batch: Any) -> Tensor:
+        """A scalar that falls as the capability grows, with a gradient to what trains.
+
+        Raises:
+            TypeError: if the probe has none.
+        """
+        if self._loss is None:
+            raise TypeError(f"{type(self).__name__} has no loss: give it one, loss=…")
+        loss: Tensor = self._loss(module, batch)
+        return loss
 
     def begin_baseline(self) -> None:
         """Called before the pass over the batches that measures the baseline, on the pretrained weights."""
