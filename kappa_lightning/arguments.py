@@ -8,6 +8,8 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 
 def as_number(value: Any, argument: str) -> int | float:
     """An int for what is integral by its type, a float for any other real number; NumPy's are numbers, bools are not.
@@ -34,6 +36,17 @@ def as_int(value: Any, argument: str) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{argument}={value!r} is not an int")
     return operator.index(value)
+
+
+def as_bool(value: Any, argument: str) -> bool:
+    """A bool from one of Python's or NumPy's.
+
+    Raises:
+        TypeError: if it is none, such as the string ``"False"``, which would count as true.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{argument}={value!r} is a {type(value).__name__}: give True or False")
+    return bool(value)
 
 
 def as_globs(patterns: Any, argument: str) -> tuple[str, ...]:

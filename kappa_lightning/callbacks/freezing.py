@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kappa_lightning.arguments import as_globs, describe
+from kappa_lightning.arguments import as_bool, as_globs, describe
 from kappa_lightning.callbacks.frozen import Freeze, frozen_earlier, thawed
 from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.plan import AnyProfile, Choice, Plan
@@ -25,6 +25,9 @@ from kappa_lightning.processes import Processes
 from kappa_lightning.strategies import adapter_for, optimized
 from kappa_lightning.tables import training_table
 from kappa_lightning.weights import Weight, check_patterns, plain_parameters
+
+# What most leave out, which keeps the keys of checkpoints short.
+_EMBEDDINGS = ("@embeddings",)
 
 
 class FreezeCallback(Callback, Generic[AnyProfile]):
@@ -74,7 +77,7 @@ class FreezeCallback(Callback, Generic[AnyProfile]):
         self.include = check_patterns(as_globs(include, "include"), argument="include")
         self.exclude = check_patterns(as_globs(exclude, "exclude"), argument="exclude")
         self.always_train = check_patterns(as_globs(always_train, "always_train"), argument="always_train")
-        self.train_vectors = bool(train_vectors)
+        self.train_vectors = as_bool(train_vectors, "train_vectors")
         if not self.include:
             raise ValueError("include=() leaves nothing to train: give at least one glob")
         self.profile: AnyProfile | None = None
@@ -146,7 +149,10 @@ class FreezeCallback(Callback, Generic[AnyProfile]):
     def state_key(self) -> str:
         """The key of the callback's state in a checkpoint; it tells those apart that train parts of one model."""
         kind = type(self).__qualname__
-        return kind if self.include == ("*",) else f"{kind}{{'include': {list(self.include)!r}}}"
+        given = {} if self.include == ("*",) else {"include": list(self.include)}
+        if self.exclude not in ((), _EMBEDDINGS):
+            given["exclude"] = list(self.exclude)
+        return f"{kind}{given!r}" if given else kind
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -165,7 +171,7 @@ class FreezeCallback(Callback, Generic[AnyProfile]):
         states = checkpoint.get("callbacks", {})
         if self.state_key in states:
             return
-        # Of a run with another ``include``, or of version 0.1, which had one key for all.
+        # Of a run with another ``include`` or ``exclude``, or of version 0.1, which had one key for all.
         kind, ours = type(self).__qualname__, {other.state_key for other in callbacks_of(trainer, FreezeCallback)}
         keys = [key for key in states if str(key).partition("{")[0] == kind and key not in ours]
         if len(keys) == 1:
@@ -221,6 +227,12 @@ class FreezeCallback(Callback, Generic[AnyProfile]):
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if not loss.requires_grad:
+            if not self.trained_names:
+                raise ValueError(
+                    f"the loss has no gradient: every tensor that {type(self).__name__} let train "
+                    f"({next(iter(self.selected_names), 'what always_train names')} first) has been frozen since, by "
+                    "the module or by another callback"
+                )
             raise ValueError(
                 f"the loss has no gradient: none of the {len(self.trained_names)} tensors that train takes part in it "
                 f"({self.trained_names[0]} first). Choose others with include, or name in always_train what does"

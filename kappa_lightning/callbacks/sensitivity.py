@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from kappa_lightning.arguments import as_int, describe
+from kappa_lightning.arguments import as_bool, as_int, describe
 from kappa_lightning.callbacks.freezing import FreezeCallback
 from kappa_lightning.callbacks.plan import Choice, Plan
 from kappa_lightning.callbacks.progress import ticking
@@ -159,7 +159,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         self.method = method
         self.batches = as_int(batches, "batches")
         self.draws = as_int(draws, "draws")
-        self.scale_rates = bool(rates)
+        self.scale_rates = as_bool(rates, "rates")
         self.seed = as_int(seed, "seed")
         self._given_profile = profile if isinstance(profile, SensitivityProfile) else None
         self.profile_path = None if profile is None or isinstance(profile, SensitivityProfile) else Path(profile)

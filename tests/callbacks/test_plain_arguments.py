@@ -46,6 +46,7 @@ def test_numpys_values_train_and_their_checkpoint_loads_with_weights_only(
         ({"include": np.str_("head.*")}, r"include=.*head.* is one string: .*\['head\.\*'\]"),
         ({"exclude": [3]}, "exclude holds 3"),
         ({"always_train": {"head": 1}}, "always_train=.* is a dict"),
+        ({"train_vectors": "False"}, "train_vectors='False' is a str: give True or False"),
     ],
 )
 def test_what_is_no_number_and_no_sequence_of_globs_is_refused(arguments: dict[str, Any], match: str) -> None:

@@ -112,3 +112,35 @@ def test_checkpoint_with_the_one_key_of_version_0_1_resumes_with_patterns(tmp_pa
     _, second = run(ckpt_path=tmp_path / "old.ckpt", max_epochs=2)
     assert second.trained_names == first.trained_names
     assert second.profile == first.profile
+
+
+def test_two_that_exclude_apart_work_and_resume(tmp_path: Path) -> None:
+    def run(**options: Any) -> list[list[str]]:
+        torch.manual_seed(2)
+        module = Bank(adamw_with_schedule, **LAYERS)
+        callbacks = [
+            KappaFreezeCallback(num_tensors=1, exclude=["right*", "other*"]),
+            KappaFreezeCallback(num_tensors=1, exclude=["left*"]),
+        ]
+        fit(tmp_path, module, *callbacks, **options).save_checkpoint(tmp_path / "last.ckpt")
+        return [callback.trained_names for callback in callbacks]
+
+    first = run()
+    assert first == [["left_a.weight"], ["other.weight"]]
+    assert run(ckpt_path=tmp_path / "last.ckpt", max_epochs=2) == first
+
+
+def test_checkpoint_whose_key_names_no_exclude_resumes(tmp_path: Path) -> None:
+    def run(**options: Any) -> list[str]:
+        torch.manual_seed(2)
+        callback = KappaFreezeCallback(num_tensors=1, exclude=["left*"])
+        module = Bank(adamw_with_schedule, **LAYERS)
+        fit(tmp_path, module, callback, **options).save_checkpoint(tmp_path / "last.ckpt")
+        return callback.trained_names
+
+    first = run()
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    ((_, state),) = content["callbacks"].items()
+    content["callbacks"] = {"KappaFreezeCallback": state}
+    torch.save(content, tmp_path / "old.ckpt")
+    assert run(ckpt_path=tmp_path / "old.ckpt", max_epochs=2) == first

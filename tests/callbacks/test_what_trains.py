@@ -147,6 +147,15 @@ def test_loss_without_a_gradient_after_the_freeze_is_an_error_in_our_words(tmp_p
     assert group_ids(module.made) == module.made_groups
 
 
+def test_loss_without_a_gradient_once_all_is_frozen_by_somebody_else_says_so(tmp_path: Path) -> None:
+    class Freezing(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.requires_grad_(False)
+
+    with pytest.raises(ValueError, match=r"every tensor that .* let train \(a\.weight first\) has been frozen since"):
+        fit(tmp_path, Bank(adamw, a=(4, 2.0), b=(4, 9.0)), KappaFreezeCallback(num_tensors=1), Freezing())
+
+
 @pytest.mark.parametrize("used", [["b.weight"], []])
 def test_selected_tensor_that_gets_no_gradient_is_warned_of_by_name(tmp_path: Path, used: list[str]) -> None:
     module = Branches(adamw, a=(4, 2.0), b=(4, 9.0)) if used else Bank(a=(4, 2.0), b=(4, 9.0))

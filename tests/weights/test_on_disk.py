@@ -5,6 +5,7 @@ import json
 import warnings
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -69,6 +70,15 @@ def test_shards_are_read_by_their_index_each_name_from_its_own_shard(name, tmp_p
         stale = {"3.weight": torch.ones(3, 5)} if shard == shards[0] else {"0.weight": torch.ones(5, 6)}
         save({**held, **stale, "not_indexed.weight": torch.ones(4, 4)}, tmp_path / shard)
     (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert rows_of(scan(tmp_path)) == of_model(network())
+
+
+def test_shard_of_vectors_alone_is_read(tmp_path):
+    state = network().state_dict()
+    shards = {key: f"pytorch_model-{number}.bin" for number, key in enumerate(state)}
+    for key, shard in shards.items():
+        torch.save({key: state[key]}, tmp_path / shard)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
     assert rows_of(scan(tmp_path)) == of_model(network())
 
 
@@ -238,6 +248,16 @@ def test_torchscript_says_what_it_is_and_what_to_do(make, tmp_path):
     torch.jit.save(make(network()), tmp_path / "scripted.pt")
     with pytest.raises(ValueError, match=r"scripted\.pt is a TorchScript archive: load it with torch\.jit\.load"):
         scan(tmp_path / "scripted.pt")
+
+
+@pytest.mark.parametrize("name", ["program.pt2", "arrays.npz"])
+def test_other_archives_say_that_they_are_no_checkpoint(name, tmp_path):
+    if name == "program.pt2":
+        torch.export.save(torch.export.export(network(), (torch.ones(1, 6),)), tmp_path / name)
+    else:
+        np.savez(tmp_path / name, a=np.eye(3))
+    with pytest.raises(ValueError, match=rf"{name} is an exported program or an archive of NumPy: load it with"):
+        scan(tmp_path / name)
 
 
 class Settings:

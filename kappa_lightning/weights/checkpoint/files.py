@@ -61,10 +61,10 @@ def read_files(source: Path) -> dict[str, Stored]:
     return _read_file(_only_file(source))
 
 
-def _read_file(file: Path) -> dict[str, Stored]:
+def _read_file(file: Path, *, shard: bool = False) -> dict[str, Stored]:
     if file.suffix in _FOREIGN:
         raise ValueError(f"{file} is no file of PyTorch's: {_FOREIGN[file.suffix]}")
-    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, shard=shard)
     return _by_loaded_names(tensors) if file.stem == "adapter_model" else tensors
 
 
@@ -96,7 +96,7 @@ def _read_shards(index: Path) -> dict[str, Stored]:
             raise FileNotFoundError(
                 f"{index} names the shard {shard} for {names[0]}, which is not there: download it again"
             )
-        held = _read_file(file)
+        held = _read_file(file, shard=True)
         for name in names:
             if name not in held:
                 raise ValueError(

@@ -28,17 +28,22 @@ _REFUSED = re.compile(r"Unsupported (?:global|class): (?:GLOBAL )?([\w.<>]+)")
 _LARGEST_EXPANDED = 1 << 24
 
 
-def read_pickle(file: Path) -> dict[str, Stored]:
+def read_pickle(file: Path, *, shard: bool = False) -> dict[str, Stored]:
     """The tensors of the state dict in a file, tied ones once, under their first name.
 
     The state dict may be nested, as in a checkpoint of Lightning or under a key such as ``model_state_dict``.
+
+    Args:
+        file: what ``torch.save`` wrote.
+        shard: whether it is one of several files of one state dict, which may have no matrix among its tensors.
 
     Raises:
         ValueError: if the file is corrupt, is of another kind, needs code to be read, or holds no state dict, or
             several.
     """
     unchanged = UnchangedFile(file)
-    state = state_dict_of(_load(file), file)
+    content = _load(file)
+    state = content if shard and _holds_tensors(content) else state_dict_of(content, file)
     tensors: dict[str, Stored] = {}
     seen: set[tuple[object, ...]] = set()
     for name, tensor in state.items():
@@ -76,7 +81,8 @@ def _what_went_wrong(file: Path, error: BaseException) -> str:
         return (
             f"{file} holds a {found[1]} beside or among its tensors and cannot be read without running its code. If "
             "you trust where it comes from, allow it with torch.serialization.add_safe_globals, or save its state_dict "
-            f'alone: torch.save(torch.load("{file.name}", weights_only=False)["state_dict"], "weights.pt")'
+            f'alone: torch.save(torch.load("{file.name}", weights_only=False)["state_dict"], "weights.pt"), or with '
+            '.state_dict() in place of ["state_dict"] if it holds a whole module'
         )
     if isinstance(error, pickle.UnpicklingError):
         return (
@@ -104,6 +110,11 @@ def _can_be_mapped(file: Path) -> bool:
         raise ValueError(
             f"{file} is a TorchScript archive: load it with torch.jit.load and use KappaProfile.from_model, or save "
             "the state_dict() of what it holds"
+        )
+    if any(name.rpartition("/")[2] == "archive_format" or name.endswith(".npy") for name in names):
+        raise ValueError(
+            f"{file} is an exported program or an archive of NumPy: load it with the library that wrote it, and save "
+            "its state_dict with torch.save"
         )
     if all(member.compress_type == zipfile.ZIP_STORED for member in members):
         return True
@@ -164,6 +175,12 @@ def _is_state_dict(value: Any) -> bool:
         isinstance(value, dict)
         and all(isinstance(name, str) for name in value)
         and any(isinstance(tensor, Tensor) and (tensor.is_nested or tensor.ndim >= 2) for tensor in value.values())
+    )
+
+
+def _holds_tensors(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     )
 
 
