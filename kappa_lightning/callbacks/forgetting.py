@@ -289,7 +289,8 @@ class ForgettingEval(Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._forget_checkpoint()
+        if self.baseline:  # else nothing trained, and whoever saves next saves what was loaded
+            self._forget_checkpoint()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -315,7 +316,8 @@ class ForgettingEval(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         if not self.baseline:
-            return {}
+            # Nothing has trained here: what was loaded, after a validation or a resume of a run that was at its end.
+            return dict(self._restored or {})
         probes = {name: probe.state_dict() for name, probe in self.probes.items()}
         items = {name: items.state_dict() for name, items in self._items.items()}
         return {

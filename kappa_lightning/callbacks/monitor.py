@@ -230,7 +230,8 @@ class KappaMonitor(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         if not self.baseline:
-            return {}
+            # Nothing has trained here: what was loaded, after a validation or a resume of a run that was at its end.
+            return dict(self._restored or {})
         # What has moved since the last figure and may be frozen again by now is not told by the model.
         return {"baseline": dict(self.baseline), "history": list(self.history), "moved": sorted(self._moved)}
 

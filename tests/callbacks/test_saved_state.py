@@ -233,6 +233,20 @@ def test_evaluating_an_earlier_checkpoint_leaves_the_figures_of_the_fit_alone(tm
     assert [record["epoch"] for record in monitor.history] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("method", ["validate", "fit"])
+def test_checkpoint_that_nothing_trained_from_is_saved_with_its_figures(tmp_path: Path, method: str) -> None:
+    def callbacks() -> list[Any]:
+        return [ForgettingEval({"words": scripted_probe([0.8, 0.6])}), KappaMonitor()]
+
+    fit(tmp_path, TinyNet(), *callbacks()).save_checkpoint(tmp_path / "a.ckpt")
+    again = make_trainer(tmp_path, *callbacks())  # the run is at its end, so that a fit does nothing
+    getattr(again, method)(TinyNet(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    again.save_checkpoint(tmp_path / "b.ckpt")
+    first, second = (torch.load(tmp_path / name, weights_only=True)["callbacks"] for name in ("a.ckpt", "b.ckpt"))
+    assert first
+    assert first == second
+
+
 def test_selection_of_a_checkpoint_that_was_validated_is_not_taken_for_that_of_the_next(tmp_path: Path) -> None:
     fit(tmp_path, TinyNet(), KappaFreezeCallback(num_tensors=2)).save_checkpoint(tmp_path / "a.ckpt")
     fit(tmp_path, TinyNet()).save_checkpoint(tmp_path / "b.ckpt")
