@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from kappa_lightning.callbacks.drift import drift, drift_charts, quantiles_by_role
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_figure, log_layout, log_scalars, publish, shows_pictures
@@ -24,7 +24,6 @@ from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.weights import Weight, find_weights, match_parameters
-from kappa_lightning.weights.roles import depth_and_role
 
 MOST_SCALARS = 40
 """Tensors that have a card each; more are not looked through."""
@@ -43,6 +42,8 @@ class KappaMonitor(Callback):
 
     Several in one Trainer share the tags of tensors that more than one of them watches; the median and the extremes of
     one that watches others than the first in the list have its ``tensors`` in their tags, as ``kappa/all/median``.
+    Two with the same ``tensors`` and schedule would be one and the same: Lightning refuses them when the Trainer is
+    made ("more than one stateful callback"), and the monitor itself those that are added later.
 
     Of more than 40 tensors only a CSV file and ``history`` hold all. Other loggers get quantiles by role
     (``kappa/by_role/<role>/p10``, ``p50``, ``p90``, and the same of ``kappa_drift``) and the scalars of the tensors
@@ -70,7 +71,7 @@ class KappaMonitor(Callback):
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if ``every_n_epochs`` is below 1; at the start of training, if a pattern matches no parameter,
-            there is no matrix to watch, or a weight has NaN or infinite entries.
+            there is no matrix to watch, a weight has NaN or infinite entries, or another monitor is its equal.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -121,6 +122,11 @@ class KappaMonitor(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
+            if any(other.state_key == self.state_key for other in self._others(trainer)):
+                raise ValueError(
+                    f"this Trainer has {self!r} twice, which would measure and log the same: leave one out, or give "
+                    "it other tensors, every_n_epochs or every_n_train_steps"
+                )
 
     @override
     def on_load_checkpoint(
@@ -351,60 +357,6 @@ class KappaMonitor(Callback):
             f"kappa_drift{label}/max": max(drifts.values()),
             f"kappa_drift{label}/min": min(drifts.values()),
         }
-
-
-def quantiles_by_role(values: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """The tenth, fiftieth and ninetieth percentile over each role, under ``<prefix>/by_role/<role>/p10`` and so on.
-
-    Example:
-        >>> quantiles_by_role({"h.0.a.weight": 1.0, "h.1.a.weight": 3.0}, "kappa")["kappa/by_role/h.*.a.weight/p50"]
-        2.0
-    """
-    roles: dict[str, list[float]] = {}
-    for name, value in values.items():
-        roles.setdefault(depth_and_role(name)[1], []).append(value)
-    return {
-        f"{prefix}/by_role/{role}/p{percent}": _quantile(found, percent / 100)
-        for role, found in roles.items()
-        if len(found) > 1
-        for percent in (10, 50, 90)
-    }
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    # Infinite κ has no distance.
-    return low if low == high else low + (place - math.floor(place)) * (high - low)
-
-
-def drift_charts(label: str, tags: Collection[str]) -> dict[str, list[Any]]:
-    """How TensorBoard's custom scalars group the tags of a monitor."""
-    tensors = [tag for tag in tags if tag.startswith("kappa_drift/") and "/by_role/" not in tag]
-    roles = [tag.removesuffix("/p50") for tag in tags if tag.startswith("kappa_drift") and tag.endswith("/p50")]
-    charts: dict[str, list[Any]] = {
-        "drift of the tensors": ["Multiline", tensors],
-        "median κ": ["Multiline", [f"kappa{label}/median"]],
-    }
-    for role in roles:
-        charts[f"drift of {role.rpartition('/by_role/')[2]}"] = [
-            "Margin",
-            [f"{role}/p50", f"{role}/p10", f"{role}/p90"],
-        ]
-    return charts
-
-
-def drift(before: float, now: float) -> float:
-    """log10(κ now / κ before); 0 if both are infinite, ±∞ if one is.
-
-    Example:
-        >>> drift(10.0, 1000.0), drift(float("inf"), float("inf")), drift(float("inf"), 10.0)
-        (2.0, 0.0, -inf)
-    """
-    if math.isinf(before) or math.isinf(now):
-        return 0.0 if before == now else math.copysign(math.inf, now - before)
-    return math.log10(now / before)
 
 
 def _profile_at_start(trainer: pl.Trainer) -> KappaProfile | None:

@@ -200,3 +200,12 @@ def test_texts_tell_the_arguments() -> None:
         "on_breach='stop')"
     )
     assert repr(monitor) == "KappaMonitor(every_n_train_steps=5, tensors='trainable', figures=True)"
+
+
+def test_two_equal_monitors_are_refused_before_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, KappaMonitor(every_n_train_steps=2), max_epochs=1)
+    # Those that a Trainer is made with Lightning compares itself.
+    trainer.callbacks.append(KappaMonitor(every_n_train_steps=2))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"has KappaMonitor\(every_n_train_steps=2, .*\) twice.*leave one out"):
+        trainer.fit(TinyNet(), loader())
+    assert trainer.global_step == 0

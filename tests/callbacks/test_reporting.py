@@ -15,7 +15,7 @@ from tiny import Bank, TinyNet, events, fit, scripted_probe
 from torch import nn
 
 from kappa_lightning import ForgettingEval, KappaMonitor
-from kappa_lightning.callbacks.monitor import quantiles_by_role
+from kappa_lightning.callbacks.drift import quantiles_by_role
 
 
 class _Stack(Bank):
