@@ -112,3 +112,14 @@ def test_ddp_gives_both_processes_the_same_selection_and_retention(tmp_path: Pat
     assert sorted(line[0] for line in lines) == ["0", "1"], done.stdout
     assert lines[0][1:] == lines[1][1:]
     assert lines[0][1].endswith("head.weight, head.bias")
+
+
+def test_retention_tells_lost_from_out_of_line_and_the_way_back(main_of: Any, tmp_path: Path) -> None:
+    often, seldom, difference = main_of("retention")
+    assert [record["step"] for record in often.history] == [0, 8, 16, 24, 32]
+    last = seldom.history[-1]
+    assert last["forgetting/dear/retention_high"] < 0.2
+    # The head alone has moved: what it reads is all there.
+    assert last["forgetting/dear/recoverable"] > 0.9
+    assert difference == 0
+    assert list((tmp_path / "trained").glob("*.safetensors"))
