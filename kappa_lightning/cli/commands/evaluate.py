@@ -34,7 +34,10 @@ def _probe(text: str) -> tuple[str, str, str]:
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="folder (or hub id in the cache) of the model before")
     parser.add_argument(
-        "trained", metavar="TRAINED", help="folder of the model after, folder of a PEFT adapter, or a Lightning .ckpt"
+        "trained",
+        metavar="TRAINED",
+        help="folder of the model after, folder of a PEFT adapter, a Lightning .ckpt, or a "
+        "file of TrainedOnlyCheckpoint",
     )
     parser.add_argument(
         "--probe", action="append", type=_probe, required=True, metavar="NAME=KIND:WHAT",
