@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -95,6 +96,8 @@ class _Kept:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.modes = {submodule: submodule.training for submodule in module.modules()}
+        # FSDP2 exchanges sharded parameters for whole ones while a layer runs, and has an order of its own for that.
+        self.gathers = any(isinstance(submodule, FSDPModule) for submodule in module.modules())
         self.undo: list[Callable[[], None]] = []
         self.guarded: list[tuple[str, Tensor, int]] = []
         self._seen: set[int] = set()
@@ -155,6 +158,8 @@ class _Kept:
                     attributes[name] = value
 
         for name, value in before.items():
+            if name == "_parameters" and self.gathers:
+                continue
             self._keep_value(f"{prefix}.{name}" if prefix else name, value)
         self.undo.append(undo)
 

@@ -31,7 +31,7 @@ class AccuracyProbe(Probe):
         >>> import torch
         >>> batch = (torch.eye(3), torch.tensor([0, 1, 1]))
         >>> probe = AccuracyProbe([batch])
-        >>> probe.update(torch.nn.Identity(), batch)
+        >>> _ = probe.update(torch.nn.Identity(), batch)
         >>> round(probe.compute(), 4)
         0.6667
     """

@@ -32,7 +32,7 @@ class PerplexityProbe(Probe):
         >>> import torch
         >>> batch = {"input_ids": torch.tensor([[3, 1, 4, 1]])}
         >>> probe = PerplexityProbe([batch], logits=lambda module, batch: torch.zeros(1, 4, 10))
-        >>> probe.update(torch.nn.Identity(), batch)
+        >>> _ = probe.update(torch.nn.Identity(), batch)
         >>> round(probe.compute(), 6)
         10.0
     """

@@ -28,7 +28,7 @@ class SimilarityProbe(Probe):
         >>> import torch
         >>> pairs = (torch.eye(3), torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 0, 0]]), torch.tensor([5.0, 3.0, 0.0]))
         >>> probe = SimilarityProbe([pairs], embed=lambda module, x: module(x))
-        >>> probe.update(torch.nn.Identity(), pairs)
+        >>> _ = probe.update(torch.nn.Identity(), pairs)
         >>> round(probe.compute(), 4)
         1.0
     """

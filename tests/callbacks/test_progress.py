@@ -69,7 +69,7 @@ def test_tqdm_bar_names_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[s
     fit(tmp_path, TinyNet(), TQDMProgressBar(), *_callbacks(), enable_progress_bar=True)
     shown = capsys.readouterr()
     assert "Condition numbers" in shown.err
-    assert "0/4" in shown.err
+    assert "0/3" in shown.err
     assert "Probe words" in shown.err
 
 

@@ -39,7 +39,8 @@ def text(tmp_path):
 SMALL = ["--tokens", "6", "--batch-size", "2", "--batches", "3", "--sequences", "4"]
 
 
-def test_language_model_and_text_give_profile_table_and_pictures(model, text, tmp_path, capsys):
+def test_language_model_and_text_give_profile_table_and_pictures(model, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # or names would be folded
     files = [tmp_path / "profile.json", tmp_path / "layers.png", tmp_path / "points.png"]
     outputs = ["--out", files[0], "--figure", files[1], "--scatter", files[2]]
     assert (

@@ -155,7 +155,7 @@ def test_sigterm_in_the_profile_leaves_only_the_journal_from_which_the_next_run_
     assert all(f"exit code {-signal.SIGTERM}" in outcomes[rank] for rank in ranks)
     journals = [tmp_path / name for name in ("profile.json.partial", "profile.json.partial.1")[:processes]]
     assert sorted(tmp_path.iterdir()) == journals
-    known = [json.loads(line)["name"] for path in journals for line in path.read_text().splitlines()[1:]]
+    known = [json.loads(line)["row"]["name"] for path in journals for line in path.read_text().splitlines()[1:]]
     assert len(known) == (2 if ranks == (1,) else 1) + (processes - 1)
     ends = []
     after = start("nothing", ())

@@ -95,7 +95,7 @@ def figures(processes: int, validate: bool, threshold: float, root: Path) -> dic
         logger=loggers,
         enable_progress_bar=True,
     )
-    last = torch.load(root / "last.ckpt", weights_only=True)["callbacks"]["ForgettingEval"]
+    last = torch.load(root / "last.ckpt", weights_only=True)["callbacks"][forgetting.state_key]
     return {
         "epochs": trainer.current_epoch,
         "retention": [record["forgetting/retention"] for record in forgetting.history],
