@@ -170,7 +170,6 @@ class PretrainedAnchor(Callback):
             seed=seed,
         )
         self._keeper = PretrainedKeeper("PretrainedAnchor", directory)
-        self._restored: dict[str, Any] | None = None
         self._steps: list[int] = []
         self._batch: Any = None
         self._watch = Stopwatch()
@@ -203,13 +202,13 @@ class PretrainedAnchor(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
+            self._keeper.runs.announced()
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._restored = None
-        self._keeper.checkpoint_begins(checkpoint)
+        self._keeper.runs.opened(checkpoint)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -226,15 +225,13 @@ class PretrainedAnchor(Callback):
         self._steps = [0] * len(trainer.optimizers)
         self._watch = Stopwatch()
         references = self._references
-        restored = self._restored
         device = None if references.needs_pass(pl_module) or self.weight_pull else "cpu"
-        self._keeper.take(trainer, pl_module, device)
+        restored = self._keeper.take(trainer, pl_module, device)
         if restored is not None:
             self._strength.load_state_dict(restored["strength"])
             self._steps = list(restored["steps"])
         with isolate_rng():
             references.prepare(trainer, pl_module, self._keeper, None if restored is None else restored["references"])
-        self._forget_checkpoint()
         assert self._keeper.state is not None
         self._keeper.state.move_to(None if references.source == "forward" or self.weight_pull else "cpu", pl_module)
         if not trainer.barebones:
@@ -290,18 +287,18 @@ class PretrainedAnchor(Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._forget_checkpoint()
+        self._keeper.runs.ended()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._batch = None
-        self._forget_checkpoint()
+        self._keeper.runs.ended()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         pretrained = self._keeper.state_dict()
         if pretrained is None or not self._steps:
-            return {}
+            return self._keeper.runs.to_save()
         return {
             "pretrained": pretrained,
             "references": self._references.state_dict(),
@@ -312,15 +309,10 @@ class PretrainedAnchor(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
-        self._restored = state_dict or None
-        self._keeper.restore(None if self._restored is None else self._restored["pretrained"])
+        self._keeper.runs.loaded(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_batch": None, "_watch": Stopwatch()}
-
-    def _forget_checkpoint(self) -> None:
-        self._restored = None
-        self._keeper.forget_checkpoint()
 
     def _add(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer, turn: int) -> Tensor:
         """Add the gradient of one turn, and return the mean divergence over all processes."""

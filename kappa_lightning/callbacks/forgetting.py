@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,7 +13,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.callbacks.evaluation import measure
@@ -30,11 +28,12 @@ from kappa_lightning.callbacks.reporting import (
     save_figure,
     shows_pictures,
 )
+from kappa_lightning.callbacks.resume import Runs, Start
 from kappa_lightning.callbacks.retention import figures_of, require_ratios, retention_charts
 from kappa_lightning.callbacks.schedule import EVERY_EPOCH, Schedule, warn_of_stale_monitors
 from kappa_lightning.callbacks.state import figures_in
 from kappa_lightning.callbacks.story import Story
-from kappa_lightning.callbacks.trainer import batch_limit
+from kappa_lightning.callbacks.trainer import batch_limit, has_trained
 from kappa_lightning.evaluation import Items, Measurement, adapters_off, has_adapters
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
@@ -191,10 +190,8 @@ class ForgettingEval(Callback):
         self.baseline: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
         self._items: dict[str, Items] = {}
-        self._restored: dict[str, Any] | None = None
-        self._checkpoint_step = 0
+        self._runs = Runs()
         self._step = 0
-        self._module: weakref.ref[nn.Module] | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -203,14 +200,15 @@ class ForgettingEval(Callback):
             # Whose averaged weights are in the module while validation runs, up to its own on_validation_epoch_end.
             move_before(trainer, self, WeightAveraging)
             self._require_distinct_probes(trainer)
+            self._runs.announced()
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Called before load_state_dict, and also if the checkpoint has no state of this callback.
-        self._restored = figures_in(checkpoint, self, self.probes)
-        self._checkpoint_step = checkpoint["global_step"]
+        self._runs.opened(checkpoint)
+        self._runs.loaded(figures_in(checkpoint, self, self.probes) or {})
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -227,29 +225,21 @@ class ForgettingEval(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.ckpt_path is not None and self._restored is not None:
-            self.baseline, self.history = dict(self._restored["baseline"]), list(self._restored["history"])
-            self._items = {name: Items.from_state(items) for name, items in self._restored.get("items", {}).items()}
-            self.story = Story([(int(step), float(loss)) for step, loss in self._restored.get("losses", [])])
-            missing = [name for name in self.probes if name not in self.baseline]
-            if missing:
-                raise ValueError(_NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=missing[0]))
-            self._recoverable.restore(self._restored.get("rest", {}), f"the checkpoint {trainer.ckpt_path}")
-            for name, probe in self.probes.items():
-                probe.load_state_dict(self._restored.get("probes", {}).get(name, {}))
-        elif trainer.ckpt_path is not None and self._checkpoint_step > 0:
+        start = self._runs.start(trainer, pl_module, trainer.ckpt_path)
+        if start is Start.RESUMED:
+            self._resume(trainer)
+        elif start is Start.WITHOUT_STATE:
             raise ValueError(
                 _NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=next(iter(self.probes)))
             )
-        elif self._module is not None and self._module() is pl_module and self.baseline:
+        elif start is not Start.FRESH and self.baseline:
             # fit was called once more on a module that is trained by now. A new Trainer starts a new history.
-            if trainer.global_step == 0:
+            if start is Start.AGAIN:
                 self.history = []
-        elif trainer.global_step > 0:
+        elif start is not Start.FRESH or has_trained(trainer):
             raise ValueError(_NO_BASELINE.format(source="the fit before this one", probe=next(iter(self.probes))))
         else:
             self.baseline, self.history, self._items, self.story = {}, [], {}, Story()
-        self._forget_checkpoint()
         self._step = trainer.global_step
         if self.history:
             # Already logged before the interruption; callbacks that monitor a metric have not seen it in this run.
@@ -258,7 +248,7 @@ class ForgettingEval(Callback):
                 self._evaluate(trainer, pl_module, trainer.current_epoch, "step")
         else:
             self._record(trainer, self._measure_first(trainer, pl_module), trainer.current_epoch, "start")
-        self._module = weakref.ref(pl_module)
+        self._runs.begun(pl_module)
 
     @override
     def on_train_batch_end(
@@ -290,11 +280,11 @@ class ForgettingEval(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.baseline:  # else nothing trained, and whoever saves next saves what was loaded
-            self._forget_checkpoint()
+            self._runs.ended()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._forget_checkpoint()
+        self._runs.ended()
 
     @property
     @override
@@ -315,9 +305,8 @@ class ForgettingEval(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if not self.baseline:
-            # Nothing has trained here: what was loaded, after a validation or a resume of a run that was at its end.
-            return dict(self._restored or {})
+        if self._runs.announced_only or not self.baseline:
+            return self._runs.to_save()
         probes = {name: probe.state_dict() for name, probe in self.probes.items()}
         items = {name: items.state_dict() for name, items in self._items.items()}
         return {
@@ -332,15 +321,20 @@ class ForgettingEval(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
-        self._restored = state_dict or self._restored
+        self._runs.loaded(state_dict or self._runs.state or {})
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What refers to one process' objects stays out of a copy and of what a spawned process gets.
-        return self.__dict__ | {"_module": None}
-
-    def _forget_checkpoint(self) -> None:
-        self._restored = None
-        self._checkpoint_step = 0
+    def _resume(self, trainer: pl.Trainer) -> None:
+        saved = self._runs.state
+        assert saved is not None
+        missing = [name for name in self.probes if name not in saved["baseline"]]
+        if missing:
+            raise ValueError(_NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=missing[0]))
+        self.baseline, self.history = dict(saved["baseline"]), list(saved["history"])
+        self._items = {name: Items.from_state(items) for name, items in saved.get("items", {}).items()}
+        self.story = Story([(int(step), float(loss)) for step, loss in saved.get("losses", [])])
+        self._recoverable.restore(saved.get("rest", {}), f"the checkpoint {trainer.ckpt_path}")
+        for name, probe in self.probes.items():
+            probe.load_state_dict(saved.get("probes", {}).get(name, {}))
 
     def is_due(self, trainer: pl.Trainer, moment: Moment) -> bool:
         """Whether it will measure in this hook, whose turn has not come yet."""

@@ -276,8 +276,7 @@ class FreezeCallback(Callback, Generic[AnyProfile]):
     @override
     def state_dict(self) -> dict[str, Any]:
         if self._runs.announced_only or self._plan is None:
-            # Whoever saves now saves what was loaded: a learning-rate finder before the fit, or after a validation.
-            return dict(self._runs.state or {})
+            return self._runs.to_save()
         self._follow()
         return {
             "arguments": self.all_arguments(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,15 +10,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.callbacks.drift import drift, drift_charts, quantiles_by_role
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_figure, log_layout, log_scalars, publish, shows_pictures
+from kappa_lightning.callbacks.resume import Runs, Start
 from kappa_lightning.callbacks.schedule import EVERY_EPOCH, Schedule
 from kappa_lightning.callbacks.state import figures_in
+from kappa_lightning.callbacks.trainer import has_trained
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.strategies import adapter_for
@@ -115,8 +115,7 @@ class KappaMonitor(Callback):
         self._logged: tuple[int, set[str]] = (-1, set())
         self._step = 0
         self._settings = ProfileSettings()
-        self._restored: dict[str, Any] | None = None
-        self._module: weakref.ref[nn.Module] | None = None
+        self._runs = Runs()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -127,13 +126,15 @@ class KappaMonitor(Callback):
                     f"this Trainer has {self!r} twice, which would measure and log the same: leave one out, or give "
                     "it other tensors, every_n_epochs or every_n_train_steps"
                 )
+            self._runs.announced()
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Called before load_state_dict, and also if the checkpoint has no state of this callback.
-        self._restored = figures_in(checkpoint, self, None)
+        self._runs.opened(checkpoint)
+        self._runs.loaded(figures_in(checkpoint, self, None) or {})
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -145,15 +146,15 @@ class KappaMonitor(Callback):
         self._moved = set()
         self._logged = (-1, set())
         self._step = trainer.global_step
-        resumed = trainer.ckpt_path is not None and self._restored is not None
-        continued = trainer.global_step > 0 and self._module is not None and self._module() is pl_module
-        if self._restored is not None and resumed:
-            self.baseline, self.history = dict(self._restored["baseline"]), list(self._restored["history"])
-            self._moved = {name for name in self._restored.get("moved", ()) if name in self._weights}
-        elif not continued:
+        start = self._runs.start(trainer, pl_module, trainer.ckpt_path)
+        if start is Start.RESUMED:
+            saved = self._runs.state
+            assert saved is not None
+            self.baseline, self.history = dict(saved["baseline"]), list(saved["history"])
+            self._moved = {name for name in saved.get("moved", ()) if name in self._weights}
+        elif start is not Start.CONTINUED:
             self.baseline, self.history = {}, []
-        self._restored = None
-        self._module = weakref.ref(pl_module)
+        self._runs.begun(pl_module)
         known = _profile_at_start(trainer)
         if known is not None:
             # Computed in another way, κ would seem to have drifted.
@@ -164,7 +165,7 @@ class KappaMonitor(Callback):
             if self.schedule.missed_step(self.history[-1]["step"], self._step):
                 self._update(trainer, trainer.current_epoch)
             return
-        if trainer.global_step == 0:
+        if not has_trained(trainer):
             self.baseline = self._measure(trainer, self._weights, known)
             self._record(trainer, self.baseline, epoch=trainer.current_epoch)
             return
@@ -211,8 +212,14 @@ class KappaMonitor(Callback):
         self._weights = {}
 
     @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.baseline:  # else nothing trained, and whoever saves next saves what was loaded
+            self._runs.ended()
+
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._weights = {}
+        self._runs.ended()
 
     @property
     @override
@@ -235,20 +242,19 @@ class KappaMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if not self.baseline:
-            # Nothing has trained here: what was loaded, after a validation or a resume of a run that was at its end.
-            return dict(self._restored or {})
+        if self._runs.announced_only or not self.baseline:
+            return self._runs.to_save()
         # What has moved since the last figure and may be frozen again by now is not told by the model.
         return {"baseline": dict(self.baseline), "history": list(self.history), "moved": sorted(self._moved)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
-        self._restored = state_dict or self._restored
+        self._runs.loaded(state_dict or self._runs.state or {})
 
     def __getstate__(self) -> dict[str, Any]:
         # What refers to one process' objects stays out of a copy and of what a spawned process gets.
-        return self.__dict__ | {"_module": None, "_weights": {}}
+        return self.__dict__ | {"_weights": {}}
 
     def _note_moving(self) -> None:
         self._moved.update(

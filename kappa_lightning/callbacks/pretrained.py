@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import weakref
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
 
 from kappa_lightning.anchoring.pretrained import PretrainedState
+from kappa_lightning.callbacks.resume import Runs, Start
+from kappa_lightning.callbacks.trainer import has_trained
 from kappa_lightning.processes import Processes
 from kappa_lightning.strategies import adapter_for
 
@@ -28,30 +28,22 @@ class PretrainedKeeper:
         owner: the callback's name, for messages.
         directory: where the copies are kept, one file for each process; in memory, and in every checkpoint, if
             ``None``.
+
+    Attributes:
+        runs: how the fits begin; the owner hands over what Lightning's hooks tell it. Its state is the owner's, with
+            that of the keeper as ``"pretrained"``.
+        state: the pretrained state, once it is taken.
     """
 
     def __init__(self, owner: str, directory: str | os.PathLike[str] | None) -> None:
         self.owner = owner
         self.directory = None if directory is None else Path(directory)
         self.state: PretrainedState | None = None
-        self._module: weakref.ref[nn.Module] | None = None
-        self._restored: dict[str, Any] | None = None
-        self._checkpoint_step = 0
+        self.runs = Runs()
 
-    def checkpoint_begins(self, checkpoint: dict[str, Any]) -> None:
-        """Called in ``on_load_checkpoint``, which comes before the state, and also if there is none."""
-        self._restored = None
-        self._checkpoint_step = checkpoint["global_step"]
-
-    def restore(self, saved: dict[str, Any] | None) -> None:
-        """Called in ``load_state_dict``; only a fit takes it over."""
-        self._restored = saved
-
-    def forget_checkpoint(self) -> None:
-        """Called when the fit has ended."""
-        self._restored, self._checkpoint_step = None, 0
-
-    def take(self, trainer: pl.Trainer, module: pl.LightningModule, device: torch.device | str | None) -> bool:
+    def take(
+        self, trainer: pl.Trainer, module: pl.LightningModule, device: torch.device | str | None
+    ) -> dict[str, Any] | None:
         """Have the state of what trains before the first step, in ``on_train_start``.
 
         Args:
@@ -60,35 +52,36 @@ class PretrainedKeeper:
             device: where the copies lie; ``None`` is beside the parameters.
 
         Returns:
-            Whether the module's weights are the pretrained ones at this moment.
+            The owner's state in the checkpoint that the fit resumes from; ``None`` if it does not resume.
 
         Raises:
             ValueError: if they are trained and nobody has kept what they were.
         """
         adapter_for(trainer).settle(module)
-        known = self.state is not None and self._module is not None and self._module() is module
-        self._module = weakref.ref(module)
-        if trainer.ckpt_path is not None and self._restored is not None:
-            self._resume(trainer, module, device)
-            return False
-        if trainer.ckpt_path is not None and self._checkpoint_step > 0:
+        start, saved = self.runs.start(trainer, module, trainer.ckpt_path), None
+        if start is Start.RESUMED:
+            saved = self.runs.state
+            assert saved is not None
+            self.state = self._restored(trainer, module, device, saved["pretrained"])
+        elif start is Start.WITHOUT_STATE:
             raise ValueError(_TRAINED.format(source=f"the checkpoint {trainer.ckpt_path}", owner=self.owner))
-        if known:
-            assert self.state is not None
+        elif start is not Start.FRESH and self.state is not None:
             # What was frozen in the first fit and trains in this one is still as it was.
             self.state.add(module)
-            return False
-        if trainer.global_step > 0:
+        elif start is not Start.FRESH or has_trained(trainer):
             raise ValueError(_TRAINED.format(source="the fit before this one", owner=self.owner))
-        self.state = PretrainedState(device, self._file(trainer))
-        self.state.add(module)
-        return True
+        else:
+            state = PretrainedState(device, self._file(trainer))
+            state.add(module)
+            self.state = state
+        self.runs.begun(module)
+        return saved
 
     def state_dict(self) -> dict[str, Any] | None:
-        """For a checkpoint; of sharded tensors all processes must ask together."""
-        module = None if self._module is None else self._module()
-        if self.state is None or module is None:
-            return self._restored
+        """For a checkpoint, ``None`` while the owner's state is what was loaded; all processes must ask together."""
+        module = self.runs.module
+        if self.runs.announced_only or self.state is None or module is None:
+            return None
         if self.directory is not None:
             return {"names": list(self.state)}
         return {"tensors": self.state.to_dict(module)}
@@ -102,14 +95,19 @@ class PretrainedKeeper:
 
     def __getstate__(self) -> dict[str, Any]:
         # What refers to one process' objects stays out of a copy and of what a spawned process gets.
-        return self.__dict__ | {"_module": None, "state": None}
+        return self.__dict__ | {"state": None}
 
-    def _resume(self, trainer: pl.Trainer, module: pl.LightningModule, device: torch.device | str | None) -> None:
-        assert self._restored is not None
-        if "tensors" in self._restored:
-            self.state = PretrainedState(device, self._file(trainer))
-            self.state.load(module, self._restored["tensors"])
-            return
+    def _restored(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        device: torch.device | str | None,
+        saved: dict[str, Any],
+    ) -> PretrainedState:
+        if "tensors" in saved:
+            state = PretrainedState(device, self._file(trainer))
+            state.load(module, saved["tensors"])
+            return state
         file = self._file(trainer)
         if file is None or not file.is_file():
             where = "directory=None" if file is None else f"{file}, which is not there"
@@ -117,10 +115,11 @@ class PretrainedKeeper:
                 f"the run that is resumed kept its pretrained weights in a folder, and {self.owner} has {where}: give "
                 "the folder of that run, and as many processes"
             )
-        self.state = PretrainedState.from_file(file, module)
-        missing = [name for name in self._restored["names"] if name not in self.state]
+        state = PretrainedState.from_file(file, module)
+        missing = [name for name in saved["names"] if name not in state]
         if missing:
             raise ValueError(f"{file} lacks the pretrained {missing[0]}: it is another run's")
+        return state
 
     def _file(self, trainer: pl.Trainer) -> Path | None:
         if self.directory is None:

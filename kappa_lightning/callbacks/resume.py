@@ -33,10 +33,11 @@ class Runs:
 
     The callback hands over what Lightning's hooks tell it, in this order: :meth:`announced` from ``setup``,
     :meth:`opened` from ``on_load_checkpoint``, :meth:`loaded` from ``load_state_dict``, :meth:`begun` when it has
-    done its work at the start of the fit, :meth:`ended` from ``on_fit_end`` and ``on_exception``.
+    done its work at the start of the fit, :meth:`ended` from ``on_fit_end`` and ``on_exception``. Its ``state_dict``
+    gives :meth:`to_save` as long as a fit is only announced, or the callback has nothing of its own.
 
     Attributes:
-        state: what :meth:`loaded` was given, until the fit ends.
+        state: what :meth:`loaded` was given, until the fit has begun.
         announced_only: whether a fit is about to begin, and the callback's own figures are of an earlier one.
     """
 
@@ -44,16 +45,21 @@ class Runs:
         self.state: dict[str, Any] | None = None
         self.announced_only = False
         self._checkpoint_has_trained = False
+        self._saved_early = False
         self._module: weakref.ref[nn.Module] | None = None
 
     def announced(self) -> None:
         """A fit is going to begin; what was loaded before is of no concern to it."""
         self.state = None
-        self._checkpoint_has_trained = False
+        self._checkpoint_has_trained = self._saved_early = False
         self.announced_only = True
 
     def opened(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint is being loaded, whether or not it has a state of the callback."""
+        if self._saved_early:
+            # A learning-rate finder loads what it saved just before, which says nothing of where the fit comes from.
+            self._saved_early = False
+            return
         self.state = None
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         batches = loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("completed", 0)
@@ -62,6 +68,14 @@ class Runs:
     def loaded(self, state: dict[str, Any]) -> None:
         """The checkpoint has this state of the callback; Lightning says so for ``validate`` and the like, too."""
         self.state = state or None
+
+    def to_save(self) -> dict[str, Any]:
+        """What the callback saves as long as it has nothing of its own: what was loaded, if anything was.
+
+        A learning-rate finder asks for it before the fit has begun, and whoever saves after a validation.
+        """
+        self._saved_early = self.announced_only
+        return dict(self.state or {})
 
     def start(self, trainer: pl.Trainer, module: nn.Module, ckpt_path: str | os.PathLike[str] | None) -> Start:
         """How the fit that is beginning begins.
@@ -81,17 +95,23 @@ class Runs:
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether the callback's last fit trained this module."""
-        return self._module is not None and self._module() is module
+        return self.module is module
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What the callback's last fit trained, as long as it is there."""
+        return None if self._module is None else self._module()
 
     def begun(self, module: nn.Module) -> None:
         """The fit has begun, and the callback's own figures are of it."""
         self._module = weakref.ref(module)
+        self.state = None
         self.announced_only = False
 
     def ended(self) -> None:
         """The fit has ended, well or not."""
         self.state = None
-        self._checkpoint_has_trained = False
+        self._checkpoint_has_trained = self._saved_early = False
         self.announced_only = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from kappa_lightning.callbacks.resume import Runs, Start
 from kappa_lightning.callbacks.schedule import Schedule
 from kappa_lightning.callbacks.trainer import has_trained
 from kappa_lightning.files import replacing
@@ -67,24 +68,38 @@ class TrainedOnlyCheckpoint(Callback):
         self.best_score: float | None = None
         self._base: dict[str, str] = {}
         self._step = 0
-        self._restored: dict[str, Any] | None = None
+        self._runs = Runs()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._runs.announced()
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._runs.opened(checkpoint)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         adapter_for(trainer).settle(pl_module)
         self._step = trainer.global_step
-        if trainer.ckpt_path is not None and self._restored is not None:
-            self._base = dict(self._restored["base"])
-            self.best_score = self._restored["best_score"]
-            self.last_path = None if self._restored["last_path"] is None else Path(self._restored["last_path"])
-        elif not self._base or not has_trained(trainer):
+        start = self._runs.start(trainer, pl_module, trainer.ckpt_path)
+        if start is Start.RESUMED:
+            saved = self._runs.state
+            assert saved is not None
+            self._base = dict(saved["base"])
+            self.best_score = saved["best_score"]
+            self.last_path = None if saved["last_path"] is None else Path(saved["last_path"])
+        elif start is not Start.CONTINUED:
             if has_trained(trainer):
                 raise ValueError(
                     "TrainedOnlyCheckpoint must see the weights of the base, and this run starts with trained ones: "
                     "resume from a checkpoint of a run that had it from the start, or leave it out"
                 )
             self._base = marks_of(pl_module)
-        self._restored = None
+        self._runs.begun(pl_module)
         if not any(parameter.requires_grad for parameter in pl_module.parameters()):
             raise ValueError("TrainedOnlyCheckpoint: no parameter requires a gradient, so there is nothing to keep")
 
@@ -101,6 +116,14 @@ class TrainedOnlyCheckpoint(Callback):
         if self.schedule.ends_epoch(trainer.current_epoch + 1):
             self._save(trainer, pl_module, trainer.current_epoch)
 
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._runs.ended()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._runs.ended()
+
     @property
     @override
     def state_key(self) -> str:
@@ -108,12 +131,14 @@ class TrainedOnlyCheckpoint(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        if self._runs.announced_only or not self._base:
+            return self._runs.to_save()
         path = None if self.last_path is None else str(self.last_path)
         return {"base": dict(self._base), "best_score": self.best_score, "last_path": path}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict or None
+        self._runs.loaded(state_dict)
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         score = None

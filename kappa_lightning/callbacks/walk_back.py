@@ -153,12 +153,13 @@ class WalkBack(Callback):
                 f"{type(averaging).__name__} stands behind WalkBack, and would put its averages in the place of the "
                 "point that was chosen: list it first"
             )
+        self._keeper.runs.announced()
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._keeper.checkpoint_begins(checkpoint)
+        self._keeper.runs.opened(checkpoint)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -170,8 +171,6 @@ class WalkBack(Callback):
         self._halved = HalvedProbes(*self._probes(trainer), partial(evaluate, trainer, pl_module))
         # By now a checkpoint is restored under every strategy, and whoever freezes has frozen.
         self._keeper.take(trainer, pl_module, "cpu")
-        assert self._keeper.state is not None
-        self._keeper.forget_checkpoint()
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -205,22 +204,22 @@ class WalkBack(Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._keeper.forget_checkpoint()
+        self._keeper.runs.ended()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._keeper.forget_checkpoint()
+        self._keeper.runs.ended()
         self._halved = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
         pretrained = self._keeper.state_dict()
-        return {} if pretrained is None else {"pretrained": pretrained}
+        return self._keeper.runs.to_save() if pretrained is None else {"pretrained": pretrained}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
-        self._keeper.restore(state_dict.get("pretrained"))
+        self._keeper.runs.loaded(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # What refers to one process' objects stays out of a copy and of what a spawned process gets.

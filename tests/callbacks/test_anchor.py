@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kappa_lightning import KappaFreezeCallback, PretrainedAnchor
-from kappa_lightning.callbacks.anchor_references import AnchorReferences
 
 TASK = torch.randn(8, 5, generator=torch.Generator().manual_seed(3))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
@@ -469,10 +468,10 @@ def test_a_module_that_cannot_write_is_told_so(tmp_path: Path) -> None:
         trained(tmp_path, PretrainedAnchor("generated"))
 
 
-def test_auto_is_the_task_batch_where_nothing_generates() -> None:
-    references = PretrainedAnchor()._references
-    assert isinstance(references, AnchorReferences)
-    assert references._resolved(Softmax()) == "batch"
+def test_auto_is_the_task_batch_where_nothing_generates(tmp_path: Path) -> None:
+    anchor = PretrainedAnchor()
+    trained(tmp_path, anchor)
+    assert anchor.state_dict()["references"]["reference"] == "batch"
 
 
 def test_what_of_the_task_batch_goes_to_the_model(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def _known(accuracy: float, total: int = 24) -> Probe:
 
 
 def test_above_chance_by_hand(tmp_path: Path) -> None:
-    probe = scripted_probe([0.75, 0.5, 0.25])
-    probe._chance = 0.25
+    scripted = scripted_probe([0.75, 0.5, 0.25])
+    probe = Probe([0], scripted.metric, scripted.step, name="score", chance=0.25)
     callback = ForgettingEval({"a": probe})
     fit(tmp_path, TinyNet(), callback, max_epochs=2)
     assert [r["forgetting/a/above_chance"] for r in callback.history] == pytest.approx([1.0, 0.5, 0.0])
