@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ from kappa_lightning.strategies import StrategyAdapter, add_beside, scale_rates
 from kappa_lightning.weights import plain_parameters
 from kappa_lightning.weights.names import plain_name
 
-# Which callback froze the parameters of a layer that it has frozen, so that a freeze of ours is never taken for the
-# user's. By the layer, which a new LightningModule around the same network shares: FSDP2 swaps parameters, and cannot
-# if somebody has a weak reference to one.
-_FROZEN_BY: MutableMapping[nn.Module, dict[str, weakref.ref[Callback]]] = weakref.WeakKeyDictionary()
+# A layer keeps here which freeze froze which of its parameters, so that a freeze of ours is never taken for the user's:
+# in the layer, since a new LightningModule around the same network shares it and a copy has it, too; as plain text, so
+# that a pickle of it needs nothing of ours. Not with the parameters: FSDP2 swaps them.
+_MARK = "_frozen_by_kappa_lightning"
+_OWNERS: MutableMapping[str, Callback] = weakref.WeakValueDictionary()
 
 Place = tuple[nn.Module, str]
 """The layer that has a parameter, and its name there."""
@@ -35,8 +37,11 @@ def _places(module: nn.Module) -> dict[str, Place]:
     return found
 
 
-def _owner(place: Place) -> weakref.ref[Callback] | None:
-    return _FROZEN_BY.get(place[0], {}).get(place[1])
+def _frozen_by(place: Place) -> str | None:
+    """What :class:`Freeze` marked a parameter with, if it has frozen it."""
+    layer, attribute = place
+    mark: str | None = layer.__dict__.get(_MARK, {}).get(attribute)
+    return mark
 
 
 def frozen_earlier(module: nn.Module, names: Iterable[str], running: Iterable[Callback]) -> list[nn.Parameter]:
@@ -48,8 +53,8 @@ def frozen_earlier(module: nn.Module, names: Iterable[str], running: Iterable[Ca
         running: callbacks whose freeze is of the fit that is beginning.
     """
     parameters, places, current = plain_parameters(module), _places(module), {id(callback) for callback in running}
-    owners = [(parameters[name], _owner(places[name])) for name in names]
-    return [p for p, owner in owners if owner is not None and not p.requires_grad and id(owner()) not in current]
+    marks = [(parameters[name], _frozen_by(places[name])) for name in names]
+    return [p for p, mark in marks if mark is not None and not p.requires_grad and id(_OWNERS.get(mark)) not in current]
 
 
 @contextmanager
@@ -83,7 +88,8 @@ class Freeze:
         self, trainer: pl.Trainer, module: nn.Module, adapter: StrategyAdapter, plan: Plan[AnyProfile], owner: Callback
     ) -> None:
         parameters = plain_parameters(module)
-        self._owner = weakref.ref(owner)
+        self._mark = uuid.uuid4().hex
+        _OWNERS[self._mark] = owner
         self._trainer: weakref.ref[pl.Trainer] | None = weakref.ref(trainer)
         self._adapter = adapter
         self._undo_optimizers: Callable[[], None] = _nothing
@@ -113,7 +119,7 @@ class Freeze:
                 factors = {parameters[name]: rate for name, rate in plan.rates.items() if name in plan.trained}
                 self._undo_rates = scale_rates(trainer.optimizers, factors)
             for (layer, attribute), _ in self._frozen:
-                _FROZEN_BY.setdefault(layer, {})[attribute] = self._owner
+                layer.__dict__.setdefault(_MARK, {})[attribute] = self._mark
             for parameter in frozen:
                 # Not requires_grad_(), which a lazy layer's parameter refuses.
                 parameter.requires_grad = False
@@ -134,9 +140,11 @@ class Freeze:
         """Give ``requires_grad`` back, to what no other callback has frozen since; parts are one with their wholes."""
         self._rejoin()
         for (layer, attribute), parameter in self._frozen:
-            if _owner((layer, attribute)) is self._owner:
+            if _frozen_by((layer, attribute)) == self._mark:
                 parameter.requires_grad = True
-                del _FROZEN_BY[layer][attribute]
+                del layer.__dict__[_MARK][attribute]
+                if not layer.__dict__[_MARK]:
+                    del layer.__dict__[_MARK]
         self._frozen = []
 
     def undo(self) -> None:

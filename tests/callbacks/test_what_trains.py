@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -244,6 +246,20 @@ def test_same_cell_twice_chooses_among_the_same_tensors(
         assert len(trainable(module)) == 5 == len(callback.trained_names)
         del callback
     assert "an earlier freeze callback had frozen 17 parameter(s)" in lightning_log.text
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layers: pickle.loads(pickle.dumps(layers))])  # noqa: S301
+def test_copy_of_a_network_that_was_frozen_chooses_among_the_same_tensors(tmp_path: Path, duplicate: Any) -> None:
+    module = Bank(**{f"layer{i:02}": (3, 2.0 + i) for i in range(6)})
+    fit(tmp_path, module, KappaFreezeCallback(top_p=0.5), limit_train_batches=1)
+    again = Bank(**{f"layer{i:02}": (3, 2.0 + i) for i in range(6)})
+    for name in dict(again.named_children()):
+        setattr(again, name, duplicate(getattr(module, name)))
+    assert not all(parameter.requires_grad for parameter in again.parameters())
+    callback = KappaFreezeCallback(top_p=0.5)
+    fit(tmp_path, again, callback, limit_train_batches=1)
+    assert len(callback.profile) == 6
+    assert len(callback.selected_names) == 3
 
 
 # All or nothing
