@@ -23,7 +23,7 @@ evidence-quick: $(VENV)/.demo ## Compare four methods on one task at equal adapt
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.forgetting benchmarks/forgetting/evidence/quick.toml --report runs/forgetting $(ARGS)
 
 test: $(VENV)/.dev ## Run the tests and the examples in the documentation
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting
 	$(BIN)/ruff check .
