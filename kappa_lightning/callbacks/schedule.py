@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -14,6 +15,9 @@ class _Unless(int):
 
 
 EVERY_EPOCH = _Unless(1)
+
+# A LightningCLI writes defaults to its YAML, where it is the number.
+yaml.SafeDumper.add_representer(_Unless, yaml.SafeDumper.represent_int)
 
 
 @dataclass(frozen=True, slots=True)
