@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from kappa_lightning.evaluation import Circumstances, Share, run_probe
+from kappa_lightning.callbacks.retention import require_ratios
+from kappa_lightning.evaluation import Circumstances, Share, retention, run_probe
 from kappa_lightning.integrations.freezing import Frozen, freeze
 from kappa_lightning.probes import Probe
 from kappa_lightning.processes import Processes
@@ -76,7 +78,7 @@ class Retention(TrainerCallback):
         baseline: each probe's metric before the first step.
 
     Raises:
-        ValueError: if there is no probe, or one has a baseline from which no ratio can be formed.
+        ValueError: if there is no probe, or one has a baseline from which no ratio can be formed or that is at chance.
     """
 
     def __init__(self, trainer: Trainer, probes: Mapping[str, Probe]) -> None:
@@ -100,12 +102,7 @@ class Retention(TrainerCallback):
         for probe in self.probes.values():
             probe.begin_baseline()
         values = self.measure()
-        for name, value in values.items():
-            if not value > 0:
-                raise ValueError(
-                    f"the probe {name!r} has {self.probes[name].name}={value:g} before the first step, and retention "
-                    "is a ratio to that: use a capability that the model has"
-                )
+        require_ratios(self.probes, values)
         self.baseline = values
         self.trainer.log(self._figures(values))
 
@@ -134,8 +131,8 @@ class Retention(TrainerCallback):
         figures: dict[str, float] = {}
         retentions = []
         for name, value in values.items():
-            before, probe = self.baseline[name], self.probes[name]
-            retention = value / before if probe.higher_is_better else before / value
-            figures |= {f"eval_{name}_{probe.name}": value, f"eval_{name}_retention": retention}
-            retentions.append(retention)
-        return {**figures, "eval_retention": sum(retentions) / len(retentions)}
+            probe = self.probes[name]
+            left = retention(self.baseline[name], value, probe.higher_is_better)
+            figures |= {f"eval_{name}_{probe.name}": value, f"eval_{name}_retention": left}
+            retentions.append(left)
+        return {**figures, "eval_retention": statistics.fmean(retentions)}

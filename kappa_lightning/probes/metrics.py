@@ -15,7 +15,21 @@ IGNORED = -100
 _TOKENS = 1024
 
 
-class TokenPerplexity(Metric):
+class _MeanNats(Metric):
+    """Nats of all batches, and the number of tokens that they are of."""
+
+    is_differentiable = False
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+
+class TokenPerplexity(_MeanNats):
     """exp of the mean negative log-likelihood over all predicted tokens, of all batches together.
 
     Unlike torchmetrics' ``Perplexity`` it never forms probabilities, so an unlikely token costs its true number of
@@ -30,15 +44,6 @@ class TokenPerplexity(Metric):
     """
 
     higher_is_better = False
-    is_differentiable = False
-    full_state_update = False
-    nats: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -74,7 +79,7 @@ class MeanCorrect(MeanMetric):
     higher_is_better = True  # type: ignore[assignment]
 
 
-class TokenAgreement(Metric):
+class TokenAgreement(_MeanNats):
     """exp(−D), with D the mean Kullback–Leibler divergence over all tokens, in nats: 1 is the same distribution.
 
     Example:
@@ -86,15 +91,6 @@ class TokenAgreement(Metric):
     """
 
     higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    nats: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor) -> None:
         """Add the divergence of each token, shape (n,)."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,7 @@ _WITHOUT_CHECKSUM = 2
 
 def write_profile_file(path: str | os.PathLike[str], profile: dict[str, Any]) -> None:
     """Write a profile's plain dictionary to a file, atomically."""
-    document = encode(
-        {
-            "format": FORMAT,
-            "schema_version": SCHEMA_VERSION,
-            "versions": {"kappa_lightning": __version__, "torch": torch.__version__},
-            **profile,
-        }
-    )
-    document = {**document, "checksum": checksum(document)}
-    write_text(path, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    write_document(path, FORMAT, SCHEMA_VERSION, profile)
 
 
 def read_profile_file(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -41,27 +33,70 @@ def read_profile_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated or damaged, is no profile, or comes from a newer version of this package.
     """
-    try:
-        document = parse(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no profile or a truncated one ({error}): delete it and profile again") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"{path} is JSON but no profile of kappa-lightning: it lacks the entry format={FORMAT!r}")
-    schema = document.get("schema_version")
-    if schema not in (SCHEMA_VERSION, _WITHOUT_CHECKSUM):
-        raise ValueError(
-            f"{path} has schema version {schema}, and this version of kappa-lightning reads {SCHEMA_VERSION}: "
-            "update the package, or profile again"
-        )
-    given = document.pop("checksum", None)
-    if schema == SCHEMA_VERSION and given != checksum(document):
-        raise ValueError(
-            f"{path} is a damaged profile: its content does not fit its checksum, so it was changed after it was "
-            "written; profile again"
-        )
+    document = read_document(
+        path, FORMAT, SCHEMA_VERSION, kind="profile", again="profile again", unchecked=(_WITHOUT_CHECKSUM,)
+    )
     missing = {"rows", "solver", "rtol", "experts"} - document.keys()
     if missing:
         raise ValueError(f"{path} is a damaged profile without {', '.join(sorted(missing))}: profile again")
+    return document
+
+
+def write_document(path: str | os.PathLike[str], format: str, schema_version: int, content: dict[str, Any]) -> None:
+    """Write plain data as a JSON document that says what it is and has a checksum, atomically."""
+    document = encode(
+        {
+            "format": format,
+            "schema_version": schema_version,
+            "versions": {"kappa_lightning": __version__, "torch": torch.__version__},
+            **content,
+        }
+    )
+    document = {**document, "checksum": checksum(document)}
+    write_text(path, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_document(
+    path: str | os.PathLike[str],
+    format: str,
+    schema_version: int,
+    *,
+    kind: str,
+    again: str,
+    unchecked: Collection[int] = (),
+) -> dict[str, Any]:
+    """Read what :func:`write_document` wrote, without its checksum.
+
+    Args:
+        path: the file.
+        format: what it must say that it is.
+        schema_version: the one that is read.
+        kind: what it is, in the words of an error.
+        again: how to make it anew, in the words of an error.
+        unchecked: earlier schema versions that are read, too, and had no checksum.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated or damaged, is something else, or comes from another version.
+    """
+    try:
+        document = parse(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no {kind} or a truncated one ({error}): delete it and {again}") from error
+    if not isinstance(document, dict) or document.get("format") != format:
+        raise ValueError(f"{path} is JSON but no {kind} of kappa-lightning: it lacks the entry format={format!r}")
+    schema = document.get("schema_version")
+    if schema != schema_version and schema not in unchecked:
+        raise ValueError(
+            f"{path} has schema version {schema}, and this version of kappa-lightning reads {schema_version}: "
+            f"update the package, or {again}"
+        )
+    given = document.pop("checksum", None)
+    if schema == schema_version and given != checksum(document):
+        raise ValueError(
+            f"{path} is a damaged {kind}: its content does not fit its checksum, so it was changed after it was "
+            f"written; {again}"
+        )
     return document
 
 

@@ -95,7 +95,7 @@ def test_file_that_was_changed_is_refused(tmp_path):
     document = json.loads(path.read_text())
     document["rows"][0]["signal"] *= 2
     path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="its checksum differs"):
+    with pytest.raises(ValueError, match="does not fit its checksum"):
         SensitivityProfile.load(path)
     path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError, match="truncated"):
