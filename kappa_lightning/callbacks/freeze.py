@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.arguments import describe
@@ -18,6 +20,7 @@ from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.trainer import batch_limit
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile import KappaProfile
+from kappa_lightning.profile.distributed import Watch
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.selection import DEFAULT_TOP_P, Budget, check_ranking, parameters_allowed, rank, select
 from kappa_lightning.tables import ranking_markdown
@@ -156,8 +159,37 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
         candidates: Sequence[Weight],
         processes: Processes,
     ) -> Choice[KappaProfile]:
+        return self.choose_among(
+            module,
+            candidates,
+            device=trainer.strategy.root_device,
+            watch=watching(trainer),
+            processes=processes,
+            save=batch_limit(trainer) is None,
+        )
+
+    def choose_among(
+        self,
+        module: nn.Module,
+        candidates: Sequence[Weight],
+        *,
+        device: torch.device | str | None,
+        watch: Watch | None,
+        processes: Processes,
+        save: bool = True,
+    ) -> Choice[KappaProfile]:
+        """:meth:`choose`, for those who have no Trainer.
+
+        Args:
+            module: has the candidates.
+            candidates: the matrices that may be chosen.
+            device: where to decompose; by default where each weight is.
+            watch: sees the weights and their rows as they come, to show progress.
+            processes: who takes part.
+            save: whether a profile that was computed is written to the path that was given.
+        """
         candidates = self.settings.split(candidates, module)
-        profile = self._profile(trainer, module, candidates, processes)
+        profile = self._profile(module, candidates, device, watch, processes, save)
         selected = select(list(profile), self.budget, self.criterion, within=self.within, seed=self.seed)
         dead = [row.name for row in profile if row.frobenius_norm == 0 and row.name not in selected]
         if dead:
@@ -210,10 +242,12 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
 
     def _profile(
         self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
+        module: nn.Module,
         candidates: Sequence[Weight],
+        device: torch.device | str | None,
+        watch: Watch | None,
         processes: Processes,
+        save: bool,
     ) -> KappaProfile:
         known = self._given_profile
         with processes.failing_together():
@@ -235,8 +269,8 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
         return KappaProfile.from_weights(
             candidates,
             self.settings,
-            device=trainer.strategy.root_device,
-            save_to=self.profile_path if batch_limit(trainer) is None else None,
-            watch=watching(trainer),
+            device=device,
+            save_to=self.profile_path if save else None,
+            watch=watch,
             processes=processes,
         )

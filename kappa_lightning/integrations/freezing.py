@@ -8,13 +8,11 @@ import torch
 from torch import nn
 
 from kappa_lightning.callbacks import KappaFreezeCallback
-from kappa_lightning.callbacks.plan import Choice
 from kappa_lightning.callbacks.planner import Patterns, find_candidates
 from kappa_lightning.parts import PartialTraining, train_parts
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.progress import progress_bar
-from kappa_lightning.selection import select
 from kappa_lightning.weights import plain_parameters
 
 
@@ -80,26 +78,10 @@ def freeze(
     wanted = KappaFreezeCallback(**arguments)
     patterns = Patterns(wanted.include, wanted.exclude, wanted.always_train, wanted.train_vectors)
     candidates = find_candidates(module, patterns, optimized=set(plain_parameters(module)))
-    weights = wanted.settings.split(candidates.weights, module)
     processes = Processes.of_this_run()
-    profile = wanted.profile
-    if profile is None and wanted.profile_path is not None and wanted.profile_path.exists():
-        profile = KappaProfile.load(wanted.profile_path)
-    if profile is not None:
-        profile = profile.renamed_for([weight.name for weight in weights])
-        profile.check(module)
-    else:
-        profile = KappaProfile.from_weights(
-            weights,
-            wanted.settings,
-            device=device,
-            save_to=wanted.profile_path,
-            watch=progress_bar if progress and processes.is_global_zero else None,
-            processes=processes,
-        )
-    selected = select(list(profile), wanted.budget, wanted.criterion, within=wanted.within, seed=wanted.seed)
-    parts = {weight.name: weight.part for weight in weights if weight.part is not None}
-    plan = candidates.plan(Choice(selected, profile, parts=parts))
+    watch = progress_bar if progress and processes.is_global_zero else None
+    choice = wanted.choose_among(module, candidates.weights, device=device, watch=watch, processes=processes)
+    plan = candidates.plan(choice)
     plan.require_same(processes)
 
     parameters = plain_parameters(module)
@@ -108,6 +90,6 @@ def freeze(
     for parameter in taken:
         parameter.requires_grad = False
         parameter.grad = None
-    frozen = Frozen(module, profile, selected, plan.trained)
+    frozen = Frozen(module, choice.profile, choice.selected, plan.trained)
     frozen._taken, frozen._partial = taken, partial
     return frozen

@@ -140,5 +140,6 @@ def view_of(shape: tuple[int, ...]) -> View:
 
 def is_matrix_shape(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a parameter of which only name and shape are known is a matrix."""
-    # The biases of fused experts are stacked into two dimensions; they are still vectors.
-    return not name.endswith("bias") and sum(size > 1 for size in shape) >= 2
+    # The biases of fused experts are stacked into two dimensions; they are still vectors. The decay rates of
+    # state-space layers (Mamba, Jamba) have a row for each channel, and act entry by entry.
+    return not name.endswith(("bias", "A_log")) and sum(size > 1 for size in shape) >= 2

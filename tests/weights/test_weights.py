@@ -3,11 +3,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from kappa_lightning import KappaProfile
-from kappa_lightning.weights import find_weights, match_names, tied_names
+from kappa_lightning.weights import checkpoint_weights, find_weights, match_names, tied_names
 
 
 class Bare(nn.Module):
@@ -334,3 +335,25 @@ def test_reading_a_spectrally_normalized_layer_changes_neither_its_buffers_nor_i
     assert torch.equal(first, second)
     assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
     assert all(submodule.training for submodule in layer.modules())
+
+
+@pytest.mark.parametrize("family", ["Mamba", "Jamba"])
+def test_decay_rates_and_skips_of_state_space_layers_are_no_matrices(family, tmp_path):
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "eos_token_id": 2, "bos_token_id": 1}
+    extra = {
+        "Mamba": {"state_size": 4},
+        "Jamba": {
+            "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 2,
+            "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+            "expert_layer_offset": 1, "mamba_d_state": 4, "mamba_d_conv": 2, "mamba_dt_rank": 4,
+        },
+    }[family]  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**sizes, **extra)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    decays = [name for name, parameter in model.named_parameters() if name.endswith(".A_log") and parameter.ndim == 2]
+    assert decays
+    matrices = {weight.name for weight in find_weights(model)}
+    assert not {name for name in matrices if name.endswith((".A_log", ".D"))}
+    assert any(name.endswith("in_proj.weight") for name in matrices)
+    model.save_pretrained(tmp_path)
+    assert {weight.name for weight in checkpoint_weights(tmp_path)} == matrices
