@@ -37,7 +37,9 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 def drift_charts(label: str, tags: Collection[str]) -> dict[str, list[Any]]:
     """How TensorBoard's custom scalars group the tags of a monitor."""
-    tensors = [tag for tag in tags if tag.startswith("kappa_drift/") and "/by_role/" not in tag]
+    several = ("/max", "/min")
+    tensors = [tag for tag in tags if tag.startswith("kappa_drift/") and not tag.endswith(several)]
+    tensors = [tag for tag in tensors if "/by_role/" not in tag]
     roles = [tag.removesuffix("/p50") for tag in tags if tag.startswith("kappa_drift") and tag.endswith("/p50")]
     charts: dict[str, list[Any]] = {
         "drift of the tensors": ["Multiline", tensors],

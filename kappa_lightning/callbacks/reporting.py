@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,11 @@ def log_layout(trainer: pl.Trainer, category: str, charts: Mapping[str, list[Any
         category: the heading.
         charts: by title ``["Multiline", tags]``, or ``["Margin", [tag, lower, upper]]``.
     """
+    # TensorBoard takes the tags of lines, not those of margins, for regular expressions that may match anywhere.
+    charts = {
+        title: [kind, [f"^{re.escape(tag)}$" for tag in tags] if kind == "Multiline" else tags]
+        for title, (kind, tags) in charts.items()
+    }
     for logger in _with_media(trainer):
         if isinstance(logger, TensorBoardLogger):
             layout = _LAYOUTS.setdefault(logger, {})

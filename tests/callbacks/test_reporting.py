@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def test_quantiles_are_those_of_numpy() -> None:
     assert [found[f"kappa/by_role/h.*.a.weight/p{p}"] for p in (10, 50, 90)] == pytest.approx(expected.tolist())
 
 
+def _lines(charts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each chart of lines with all that it shows, as one regular expression."""
+    return [(title, "|".join(chart.multiline.tag)) for title, chart in charts.items() if chart.multiline.tag]
+
+
 def test_story_layout_and_file(tmp_path: Path) -> None:
     forgetting = ForgettingEval({"a": scripted_probe([1.0, 0.9, 0.8])}, min_retention=0.5)
     logger = TensorBoardLogger(tmp_path, "", version="")
@@ -80,6 +86,18 @@ def test_story_layout_and_file(tmp_path: Path) -> None:
     content = log.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
     layout = layout_pb2.Layout.FromString(content)
     assert {category.title for category in layout.category} == {"forgetting", "kappa"}
+    charts = {chart.title: chart for category in layout.category for chart in category.chart}
+    scalars = log.Tags()["scalars"]
+    shown = {t: [tag for tag in scalars if re.search(line, tag)] for t, line in _lines(charts)}
+    # Not the ends of the interval, whose tags begin alike.
+    assert not re.search(dict(_lines(charts))["retention"], "forgetting/a/retention_low")
+    assert sorted(shown["retention"]) == ["forgetting/a/retention", "forgetting/retention"]
+    assert sorted(shown["drift of the tensors"]) == [
+        tag for tag in sorted(scalars) if re.match("kappa_drift/.*weight", tag)
+    ]
+    assert {value for chart in charts["retention of a"].margin.series for value in (chart.value, chart.lower)} == {
+        "forgetting/a/retention", "forgetting/a/retention_low",
+    }  # fmt: skip
     steps = [step for step, _ in forgetting.story.losses()]
     assert steps == [1, 2, 3, 4, 5, 6]
 
