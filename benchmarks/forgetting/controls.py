@@ -8,6 +8,8 @@
                                   permuted among the matrices of a kind would choose
 ``depth-matched:kappa 0.25``      for every layer random matrices of it, with at most as many parameters as
                                   ``kappa 0.25`` takes there
+``… + light anchor 10``           any method with :class:`~kappa_lightning.PretrainedAnchor` of that strength on two
+                                  sequences of 48 tokens at every step, of 24 that the model wrote itself
 ================================  ======================================================================================
 
 Every draw is of the run's seed. All other names are those of :mod:`kappa_lightning.pilot.candidates`.
@@ -25,7 +27,7 @@ from lightning.pytorch.callbacks import Callback
 
 import benchmarks.forgetting.candidates  # noqa: F401 - registers its criteria
 from benchmarks.forgetting.task import Task
-from kappa_lightning import KappaProfile
+from kappa_lightning import KappaProfile, PretrainedAnchor
 from kappa_lightning.pilot.candidates import Candidate, candidate
 from kappa_lightning.pilot.train_only import TrainOnly
 from kappa_lightning.profile import KappaRow
@@ -38,6 +40,7 @@ _RANKED = re.compile(
     r"(?:(?P<control>permuted|depth-matched):)?(?P<criterion>(?:reversed:)?\w+)\s+(?P<budget>0?\.\d+)"
     r"(?:\s+in\s+(?P<where>\S+))?"
 )
+_LIGHT_ANCHOR = re.compile(r"(?P<base>.+?)\s*\+\s*light anchor\s+(?P<strength>\d+(?:\.\d+)?)")
 
 
 def method(name: str, task: Task, seed: int, exclude: Sequence[str] = ()) -> Candidate:
@@ -52,6 +55,14 @@ def method(name: str, task: Task, seed: int, exclude: Sequence[str] = ()) -> Can
     Raises:
         ValueError: if there is none of that name.
     """
+    if light := _LIGHT_ANCHOR.fullmatch(name):
+        base, strength = method(light["base"], task, seed, exclude), float(light["strength"])
+
+        def anchored(module: pl.LightningModule) -> list[Callback]:
+            anchor = PretrainedAnchor("generated", strength, batches=12, batch_size=2, num_tokens=48)
+            return [*base.build(module), anchor]
+
+        return Candidate(name, anchored)
     found = _RANKED.fullmatch(name)
     if found is None or found["criterion"].removeprefix("reversed:") not in CRITERIA:
         return candidate(name, always_train=task.new, exclude=exclude, seed=seed)
