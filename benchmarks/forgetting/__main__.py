@@ -56,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole: Protocol = args.read
     csv = args.report / f"{args.protocol.stem}-runs.csv"
     if not args.page:
+        methods = tuple(name for name in whole.methods if args.methods is None or name in args.methods)
         wanted = replace(
             whole,
-            methods=tuple(name for name in whole.methods if args.methods is None or name in args.methods),
+            methods=methods,
+            starts={name: step for name, step in whole.starts.items() if name in methods},
             primary=whole.primary if args.methods is None else (),
             secondary=whole.secondary if args.methods is None else (),
             options={**whole.options, **dict(option.split("=", 1) for option in args.option)},

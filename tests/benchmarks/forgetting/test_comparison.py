@@ -160,6 +160,9 @@ def test_methods_of_the_evidence_choose_anew_with_the_seed(tmp_path):
     module = digits.DigitReader(1e-3)
     first, same, other = (method("random 0.25", task, seed).build(module)[0].include for seed in (0, 0, 1))
     assert first == same != other
+    *chosen, anchor = method("random 0.25 + light anchor 10", task, 0).build(module)
+    assert [callback.include for callback in chosen] == [first]
+    assert anchor.strength == 10
     (inside,) = method("reversed:kappa 0.5 in *.up.weight", task, 0).build(module)
     assert inside.include
     assert all(name.endswith("up.weight") for name in inside.include)
@@ -178,10 +181,11 @@ def test_command_runs_and_writes_the_page_from_the_file_alone(tmp_path, monkeypa
     monkeypatch.setattr(digits, "PRETRAINING_STEPS", 20)
     config = tmp_path / "small.toml"
     config.write_text(
-        'task = "digits"\nlr = 1e-3\nmethods = ["full"]\nprimary = []\nseeds = [0]\ntuning_seed = 9\nsteps = 4\n'
-        "evaluations = 1\nblends = 0\nlevel_steps = [0]\ntarget = 0.5\nclimbs = 0\n"
+        'task = "digits"\nlr = 1e-3\nmethods = ["full", "random 0.25"]\nprimary = []\nseeds = [0]\ntuning_seed = 9\n'
+        "steps = 4\nevaluations = 1\nblends = 0\nlevel_steps = [0]\ntarget = 0.5\nclimbs = 0\n"
+        'starts = { "random 0.25" = 1 }\n'
     )
-    options = [str(config), "--runs", str(tmp_path / "runs")]
+    options = [str(config), "--runs", str(tmp_path / "runs"), "--methods", "full"]
     assert main(options) == 0
     page = capsys.readouterr().out
     assert "| full |" in page
