@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kappa_lightning.anchoring.pretrained import PretrainedState, local, tracked
 from kappa_lightning.anchoring.spectral_filter import FilteredUpdate
+from kappa_lightning.parts import store_parts
 from kappa_lightning.processes import Processes
 from kappa_lightning.weights import find_weights
 from kappa_lightning.weights.roles import depth_and_role
@@ -67,6 +68,7 @@ class WalkPath:
             raise ValueError(f"along={along!r} is unknown: use one of {', '.join(map(repr, get_args(Along)))}")
         if not len(pretrained):
             raise ValueError("nothing has trained, so there is no way back")
+        self._module = module
         tensors = tracked(module, every=True)
         self._tensors = {name: tensors[name] for name in pretrained}
         self._pretrained = pretrained
@@ -96,6 +98,7 @@ class WalkPath:
                 factor = factors[self._group_of[name]] if isinstance(factors, Mapping) else factors
                 here = local(tensor)
                 here.copy_(self._value(name, factor, here))
+            store_parts(self._module)
 
     def _value(self, name: str, factor: float, here: Tensor) -> Tensor:
         trained, start = self._trained[name], self._pretrained[name]

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from kappa_lightning.files import replacing
+from kappa_lightning.parts import store_parts
 from kappa_lightning.weights.names import plain_name
 from kappa_lightning.weights.quantized import is_quantized
 from kappa_lightning.weights.sharded import is_sharded, place_of, reshard, whole
@@ -236,7 +237,7 @@ def call_pretrained(
     tensors = tracked(module, every=True)
     with torch.no_grad():
         in_place = {name: tensors[name] for name in state if is_sharded(tensors[name]) or name.endswith("]")}
-        with exchanged(in_place, state):
+        with exchanged(in_place, state, then=lambda: store_parts(module)):
             stored = {plain_name(name): name for name, _ in module.named_parameters()}
             stored |= {plain_name(name): name for name, _ in module.named_buffers()}
             swapped = {
@@ -249,16 +250,23 @@ def call_pretrained(
 
 
 @contextmanager
-def exchanged(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor] | PretrainedState) -> Iterator[None]:
-    """Give tensors other values in place, and their own back afterwards, to the last bit."""
+def exchanged(
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Tensor] | PretrainedState,
+    then: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
+    """Give tensors other values in place, and their own back afterwards, to the last bit; after both, call ``then``."""
     own = {name: local(tensor).clone() for name, tensor in tensors.items()}
     try:
         for name, tensor in tensors.items():
             local(tensor).copy_(values[name])
+        then()
         yield
     finally:
         for name, value in own.items():
             local(tensors[name]).copy_(value)
+    # Not after an error: another process may not have met it, and would not take part in what is done together.
+    then()
 
 
 class _Call(nn.Module):

@@ -6,10 +6,12 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kappa_lightning.callbacks.plan import AnyProfile, Plan
 from kappa_lightning.parts import PartialTraining, train_parts
@@ -96,6 +98,7 @@ class Freeze:
         self._undo_rates: Callable[[], None] = _nothing
         self._undo_parts: Callable[[], None] = _nothing
         self._partial: PartialTraining | None = None
+        self._storing: list[RemovableHandle] = []
         self._divided = [parameters[part.parameter] for part in plan.parts]
         self._thawed = [parameters[name] for name in plan.thawed if not parameters[name].requires_grad]
         frozen = [parameters[name] for name in parameters if name in plan.frozen and name not in plan.thawed]
@@ -114,6 +117,7 @@ class Freeze:
                 trained = self._partial.parameters
                 beside = [(parameters[part.parameter], part.name, trained[part.name]) for part in plan.parts]
                 self._undo_parts = add_beside(trainer.optimizers, beside)
+                self._storing = [optimizer.register_step_post_hook(self._store) for optimizer in trainer.optimizers]
             self._undo_optimizers = adapter.drop_from_optimizers(trainer, dropped)
             if plan.rates is not None:
                 factors = {parameters[name]: rate for name, rate in plan.rates.items() if name in plan.trained}
@@ -165,8 +169,15 @@ class Freeze:
         self._trainer = None
         self._rejoin()
 
+    def _store(self, *_: Any) -> None:
+        """After an optimizer's step, which all processes take together."""
+        if self._partial is not None:
+            self._partial.store()
+
     def _rejoin(self) -> None:
         if self._partial is not None:
+            for handle in self._storing:
+                handle.remove()
             self._partial.undo()
             self._partial = None
             for parameter in self._divided:

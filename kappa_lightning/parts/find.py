@@ -48,8 +48,7 @@ def split_into_parts(
         heads: whether attention projections are split.
 
     Raises:
-        ValueError: if ``gate_up`` is unknown, ``heads`` are wanted and there are none, or a weight that would be split
-            is sharded.
+        ValueError: if ``gate_up`` is unknown, or ``heads`` are wanted and there are none.
 
     Example:
         >>> from torch import nn
@@ -65,17 +64,11 @@ def split_into_parts(
         layers = {plain_name(name): layer for name, layer in module.named_modules(remove_duplicate=False)}
     shapes = {weight.name: weight.shape for weight in (weights if module is None else find_weights(module))}
     found: list[Weight] = []
-    sharded = next((w for w in weights if w.is_sharded and (heads or (experts and w.is_stack))), None)
-    if sharded is not None:
-        raise ValueError(
-            f"{sharded.name} is sharded over processes, and single experts or heads of it cannot be told apart or "
-            "trained: use one device or DDP, or let whole tensors train"
-        )
     for weight in weights:
         parts: list[Part] = []
         # A quantized parameter has another shape than what it stands for.
         plain = weight.parameter is None or tuple(weight.parameter.shape) == weight.shape
-        if plain and not weight.is_made and not weight.is_sharded:
+        if plain and not weight.is_made:
             if experts and weight.is_stack:
                 parts = _experts(weight, layers, shapes, gate_up)
             elif heads and len(weight.shape) == 2:

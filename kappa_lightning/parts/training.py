@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any, cast
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kappa_lightning.parts.join import join
+from kappa_lightning.parts.sharded import ShardedParts, has_one_shard, is_fully_sharded
 from kappa_lightning.weights.part import Index, Part
 from kappa_lightning.weights.quantized import is_quantized
-from kappa_lightning.weights.sharded import is_sharded
+from kappa_lightning.weights.sharded import is_sharded, reshard
 
 _HELD = "_kappa_parts"
 
@@ -29,10 +31,13 @@ class PartialTraining:
     def __init__(self, module: nn.Module, parts: Sequence[Part]) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
         self._layers: list[nn.Module] = []
+        reshard(module)
         owners = _owners(module)
+        gathered = _gathered_by_fsdp(module)
         # Everything is looked at before anything is changed.
         for part in parts:
-            _check(part, *owners.get(part.parameter, (None, "")))
+            layer_of_part, attribute = owners.get(part.parameter, (None, ""))
+            _check(part, layer_of_part, attribute, is_gathered=id(layer_of_part) in gathered)
         by_layer: dict[tuple[int, str], list[Part]] = {}
         for part in parts:
             layer, attribute = owners[part.parameter]
@@ -50,6 +55,15 @@ class PartialTraining:
         for part in parts:
             layer, attribute = owners[part.parameter]
             self.parameters[part.name] = cast(nn.Parameter, layer._parameters[f"{attribute}[{part.label}]"])
+
+    def store(self) -> None:
+        """Put the parts' values into their wholes where FSDP2 shards them; elsewhere they are there already.
+
+        To be called by all processes together, after each step of the optimizer and whenever something else has written
+        to parts.
+        """
+        for layer in self._layers:
+            _hold(layer).store()
 
     def undo(self) -> None:
         """Make the module as it was, with the weights as they are now; the whole parameters' ``requires_grad``, too."""
@@ -72,14 +86,17 @@ def train_parts(module: nn.Module, parts: Iterable[Part]) -> PartialTraining:
 
     What remains is the transient gradient of the whole tensor in the backward pass of its layer.
 
+    Under FSDP2 (``fully_shard``) a part is sharded by itself, evenly over the processes, beside the whole:
+    :meth:`PartialTraining.store` must follow each step of an optimizer, which the freeze callbacks see to.
+
     Args:
         module: has the parameters, which may be tied.
         parts: which parts train; parts of one parameter must not overlap.
 
     Raises:
         TypeError: if a parameter is quantized, or not of floats.
-        ValueError: if a parameter is missing, parametrized, sharded, lazy or on the meta device, or if parts overlap
-            or lie outside of it. Nothing has been changed then.
+        ValueError: if a parameter is missing, parametrized, split by tensor parallelism, lazy or on the meta device, or
+            if parts overlap or lie outside of it. Nothing has been changed then.
 
     Example:
         >>> import torch
@@ -100,6 +117,13 @@ def train_parts(module: nn.Module, parts: Iterable[Part]) -> PartialTraining:
     return PartialTraining(module, list(parts))
 
 
+def store_parts(module: nn.Module) -> None:
+    """:meth:`PartialTraining.store` for all parts of a module, however they came to train."""
+    for layer in module.modules():
+        if _HELD in layer.__dict__:
+            _hold(layer).store()
+
+
 def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """The layer and the attribute behind every name, those of tied parameters and of compiled modules included."""
     owners = {}
@@ -111,17 +135,23 @@ def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return owners
 
 
-def _check(part: Part, layer: nn.Module | None, attribute: str) -> None:
+def _gathered_by_fsdp(module: nn.Module) -> set[int]:
+    """The ``id`` of each layer that FSDP2 gathers, by itself or with one around it."""
+    return {id(layer) for around in module.modules() if is_fully_sharded(around) for layer in around.modules()}
+
+
+def _check(part: Part, layer: nn.Module | None, attribute: str, *, is_gathered: bool) -> None:
     if layer is None:
         raise ValueError(f"{part.name}: the module has no parameter {part.parameter}")
     whole = layer._parameters[attribute]
     assert whole is not None
     if isinstance(whole, UninitializedParameter) or whole.is_meta:
         raise ValueError(f"{part.parameter} has no values yet: load or initialize it before parts of it are chosen")
-    if is_sharded(whole):
+    if is_sharded(whole) and not (is_gathered and has_one_shard(whole)):
         raise ValueError(
-            f"{part.parameter} is sharded over processes, so no part of it can be trained alone: use one device or "
-            "DDP, or choose whole tensors"
+            f"{part.parameter} is split by tensor parallelism ({whole.placements}), in which no layer ever sees the "
+            "whole of it, so no part of it can be trained alone: use FSDP2 (fully_shard) without tensor parallelism, "
+            "DDP or one device, or choose whole tensors"
         )
     if is_quantized(whole) or not whole.is_floating_point():
         raise TypeError(f"{part.parameter} is stored as {whole.dtype}, of which no part can train: choose an adapter")
@@ -165,8 +195,11 @@ class _Held:
         self.indices: dict[str, dict[str, Index]] = {}
         self.required: dict[str, bool] = {}
         self.joined: dict[str, Tensor] = {}
+        self.shards: dict[str, ShardedParts] = {}
+        # FSDP2 gathers in a hook of its own, which has to come first.
+        is_first = not any(is_sharded(parameter) for parameter in layer._parameters.values() if parameter is not None)
         self.hooks = [
-            layer.register_forward_pre_hook(self._enter, prepend=True),
+            layer.register_forward_pre_hook(self._enter, prepend=is_first),
             layer.register_forward_hook(self._leave, always_call=True),
         ]
         _swap_class(layer, self.plain, ())
@@ -186,8 +219,12 @@ class _Held:
         whole.requires_grad_(False)
         whole.grad = None
         self.indices[attribute] = {f"{attribute}[{part.label}]": part.index for part in parts}
-        for name, index in self.indices[attribute].items():
-            self.layer._parameters[name] = nn.Parameter(whole.detach()[index])
+        if is_sharded(whole):
+            self.shards[attribute] = ShardedParts(whole, self.indices[attribute])
+            self.layer._parameters.update(self.shards[attribute].parts)
+        else:
+            for name, index in self.indices[attribute].items():
+                self.layer._parameters[name] = nn.Parameter(whole.detach()[index])
         _swap_class(self.layer, self.plain, self.indices)
 
     def value(self, attribute: str) -> Tensor:
@@ -199,6 +236,10 @@ class _Held:
             return known
         indices = self.indices[attribute]
         parts = [cast(Tensor, self.layer._parameters[name]) for name in indices]
+        if attribute in self.shards:
+            if is_sharded(whole) or not torch.is_grad_enabled():
+                return whole
+            return cast(Tensor, join(whole, list(indices.values()), parts, self.shards[attribute].reduce))
         if any(not _lies_in(part, whole[index]) for part, index in zip(parts, indices.values(), strict=True)):
             # Somebody has put other values in their place, as torch.func.functional_call does.
             joined = whole.clone()
@@ -212,16 +253,29 @@ class _Held:
         for attribute, indices in self.indices.items():
             whole = self.layer._parameters[attribute]
             assert whole is not None
+            if attribute in self.shards:
+                parts = {name: cast(nn.Parameter, self.layer._parameters[name]) for name in indices}
+                self.shards[attribute].moved(cast(Any, whole), parts)
+                continue
             for name, index in indices.items():
                 part = self.layer._parameters[name]
                 assert part is not None
                 part.data = whole.detach()[index]
 
+    def store(self) -> None:
+        for shards in self.shards.values():
+            shards.store()
+
+    def load(self, keys: Iterable[str]) -> None:
+        """The whole parameters of these names have new values."""
+        for attribute in self.shards.keys() & set(keys):
+            self.shards[attribute].load()
+
     def undo(self) -> None:
         for attribute, indices in self.indices.items():
             for name in indices:
                 del self.layer._parameters[name]
-            whole = self.layer._parameters[attribute]
+            whole = self.shards[attribute].whole if attribute in self.shards else self.layer._parameters[attribute]
             assert whole is not None
             whole.requires_grad_(self.required[attribute])
         for hook in self.hooks:
@@ -253,9 +307,9 @@ def _property(attribute: str) -> property:
 class _Split:
     """What a layer of which parts train does otherwise than its own class; mixed into it."""
 
-    def _names_of_parts(self) -> set[str]:
+    def _names_of_parts(self) -> list[str]:
         held: _Held = self.__dict__[_HELD]
-        return {name for indices in held.indices.values() for name in indices}
+        return [name for indices in held.indices.values() for name in indices]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
@@ -263,13 +317,24 @@ class _Split:
         for name in self._names_of_parts():
             destination.pop(prefix + name, None)
 
-    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **named: Any) -> None:
         parameters: dict[str, Any] = self.__dict__["_parameters"]
+        held: _Held = self.__dict__[_HELD]
         parts = {name: parameters.pop(name) for name in self._names_of_parts()}
         try:
-            super()._load_from_state_dict(*arguments, **named)  # type: ignore[misc]
+            super()._load_from_state_dict(state_dict, prefix, *arguments, **named)  # type: ignore[misc]
         finally:
             parameters.update(parts)
+        held.load(attribute for attribute in held.indices if prefix + attribute in state_dict)
+
+    def named_parameters(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, Any]]:
+        # Lightning loads a checkpoint into a sharded module parameter by parameter, and stops at what it has not.
+        caller = sys._getframe(1)
+        hides = caller.f_code.co_name == "_named_parameters_and_buffers_to_load"
+        hidden = self._names_of_parts() if hides else []
+        for name, parameter in super().named_parameters(*arguments, **named):  # type: ignore[misc]
+            if name not in hidden:
+                yield name, parameter
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[misc]

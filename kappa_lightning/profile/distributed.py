@@ -126,7 +126,7 @@ def _collect(weight: Weight, places: Sequence[Place | None], owner: int) -> Tens
     parameter = weight.parameter
     if parameter is None or not is_sharded(parameter) or len(known) < len(places):
         return weight.read()
-    return collect(parameter, known, owner)
+    return collect(parameter, known, owner, () if weight.part is None else weight.part.index)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,45 @@ def split_name(name: str) -> tuple[str, str | None]:
     """
     found = _NAME.fullmatch(name)
     return (name, None) if found is None else (found["parameter"], found["label"])
+
+
+def overlap(
+    index: Index, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
+) -> tuple[Index, Index] | None:
+    """What a part has in common with a block of its tensor, such as the shard of one process.
+
+    Args:
+        index: the part's entries.
+        shape: of the tensor.
+        offsets: where the block begins in each dimension.
+        sizes: its size in each dimension.
+
+    Returns:
+        The common entries as an index into the block and as one into the part; ``None`` if there are none.
+
+    Example:
+        >>> overlap((1, slice(0, 6, 2)), (2, 6, 3), offsets=(1, 3, 0), sizes=(1, 3, 3))
+        ((0, slice(1, 2, 2), slice(0, 3, 1)), (slice(2, 3, None), slice(0, 3, None)))
+    """
+    of_block: list[int | slice] = []
+    of_part: list[int | slice] = []
+    whole: Index = (slice(None),) * (len(shape) - len(index))
+    for entries, size, offset, length in zip((*index, *whole), shape, offsets, sizes, strict=True):
+        if isinstance(entries, int):
+            at = entries % size - offset
+            if not 0 <= at < length:
+                return None
+            of_block.append(at)
+            continue
+        chosen = range(size)[entries]
+        first = max(0, -(-(offset - chosen.start) // chosen.step))
+        last = min(len(chosen), -(-(offset + length - chosen.start) // chosen.step))
+        if first >= last:
+            return None
+        inside = chosen[first:last]
+        of_block.append(slice(inside[0] - offset, inside[-1] - offset + 1, chosen.step))
+        of_part.append(slice(first, last))
+    return tuple(of_block), tuple(of_part)
 
 
 def expert_parts(parameter: str, shape: tuple[int, ...]) -> list[Part]:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from kappa_lightning.weights.part import Index, overlap
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -33,35 +35,41 @@ def place_of(tensor: DTensor) -> Place:
     return tuple(chunk.offsets), tuple(chunk.sizes)
 
 
-def collect(tensor: DTensor, places: Sequence[Place], owner: int) -> Tensor | None:
-    """Put a sharded tensor together on one process, to which the others send what it lacks.
+def collect(tensor: DTensor, places: Sequence[Place], owner: int, index: Index = ()) -> Tensor | None:
+    """Put a sharded tensor, or a part of it, together on one process, to which the others send what it lacks.
 
     Args:
         tensor: sharded, in whatever way; all processes of the default group call this.
         places: what each process holds, by rank; where several hold the same, one sends it.
         owner: the rank that gets the whole.
+        index: the part that is wanted; by default all of it.
 
     Returns:
-        The whole tensor on the owner, where its mesh computes; ``None`` elsewhere.
+        ``tensor[index]`` on the owner, where its mesh computes; ``None`` elsewhere.
     """
     rank = torch.distributed.get_rank()
     with torch.no_grad():
         # Offloaded parts lie in the memory of the CPU, which not every backend can send from.
-        part = tensor.to_local().detach().to(tensor.device_mesh.device_type).contiguous()
-        result = torch.empty(tensor.shape, dtype=part.dtype, device=part.device) if rank == owner else None
+        shard = tensor.to_local().detach().to(tensor.device_mesh.device_type)
+        shape = tuple(torch.empty(tensor.shape, device="meta")[index].shape)
+        result = torch.empty(shape, dtype=shard.dtype, device=shard.device) if rank == owner else None
         present: set[Place] = set()
         for sender in (owner, *(other for other in range(len(places)) if other != owner)):
-            offsets, sizes = place = places[sender]
-            if place in present or 0 in sizes:
+            place = places[sender]
+            common = overlap(index, tuple(tensor.shape), *place)
+            if place in present or common is None:
                 continue
             present.add(place)
+            of_shard, of_result = common
             if result is not None:
-                received = part if sender == owner else part.new_empty(sizes)
+                piece = result[of_result]
+                received = shard[of_shard] if sender == owner else torch.empty_like(piece)
                 if sender != owner:
+                    received = received.contiguous()
                     torch.distributed.recv(received, src=sender)
-                result[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))] = received
+                piece.copy_(received)
             elif rank == sender:
-                torch.distributed.send(part, dst=owner)
+                torch.distributed.send(shard[of_shard].contiguous(), dst=owner)
     return result
 
 
