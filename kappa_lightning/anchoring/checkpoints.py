@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kappa_lightning.anchoring.path import Along, Factors, between, groups_of
+from kappa_lightning.anchoring.path import Along, Factors, between, groups_of, walked
 from kappa_lightning.anchoring.safetensors_stream import write_safetensors
 from kappa_lightning.anchoring.spectral_filter import FilteredUpdate
 from kappa_lightning.files import replacing
@@ -36,6 +36,8 @@ class CheckpointWalk:
         trained: the trained one.
         along: see :class:`~kappa_lightning.anchoring.path.WalkPath`.
         depth_groups: the number of stretches of layers.
+        exclude: globs of what stays as trained at every point, such as a head that was trained anew, which may have
+            another shape than in the base.
 
     Attributes:
         groups: the names of the factors.
@@ -43,7 +45,8 @@ class CheckpointWalk:
 
     Raises:
         FileNotFoundError: if a checkpoint is not there.
-        ValueError: if a tensor has another shape in the two, is quantized, or is missing in the trained checkpoint.
+        ValueError: if a tensor has another shape in the two, is quantized, or is missing in the trained checkpoint, or
+            ``exclude`` matches none or all of the trained checkpoint's names.
     """
 
     def __init__(
@@ -53,12 +56,14 @@ class CheckpointWalk:
         along: Along = "all",
         *,
         depth_groups: int = 3,
+        exclude: Sequence[str] = (),
     ) -> None:
         self.source = find_source(trained)
         self._along = along
         start, self._trained = read_files(find_source(base)), read_files(self.source)
-        self._start = {name: tensor for name, tensor in start.items() if name in self._trained}
-        adapters = [name for name in self._trained if name not in start and _LORA.search(name)]
+        moves = set(walked(self._trained, exclude))
+        self._start = {name: tensor for name, tensor in start.items() if name in moves}
+        adapters = [name for name in self._trained if name in moves and name not in start and _LORA.search(name)]
         missing = [name for name in start if name not in self._trained]
         if missing and not adapters:
             raise ValueError(f"{trained} lacks {missing[0]}, which {base} has: they are not of one model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +14,7 @@ from kappa_lightning.anchoring.spectral_filter import FilteredUpdate
 from kappa_lightning.parts import store_parts
 from kappa_lightning.processes import Processes
 from kappa_lightning.weights import find_weights
+from kappa_lightning.weights.patterns import match_names
 from kappa_lightning.weights.roles import depth_and_role
 from kappa_lightning.weights.sharded import is_sharded
 
@@ -39,14 +40,15 @@ class WalkPath:
             ``"depth"`` one for each stretch of layers; ``"singular_values"`` one, by which small singular values of
             each matrix' update are dropped (:class:`~kappa_lightning.anchoring.spectral_filter.FilteredUpdate`).
         depth_groups: the number of stretches.
+        exclude: globs of what stays as trained at every point, such as a head that is new.
 
     Attributes:
         groups: the names of the factors.
 
     Raises:
         TypeError: if a tensor is quantized.
-        ValueError: if an adapter was not the identity when training began, or ``along="singular_values"`` meets a
-            sharded tensor or an adapter; nothing has been changed then.
+        ValueError: if an adapter was not the identity when training began, ``along="singular_values"`` meets a
+            sharded tensor or an adapter, or ``exclude`` matches nothing or all; nothing has been changed then.
 
     Example:
         >>> import torch
@@ -62,7 +64,13 @@ class WalkPath:
     """
 
     def __init__(
-        self, module: nn.Module, pretrained: PretrainedState, along: Along = "all", *, depth_groups: int = 3
+        self,
+        module: nn.Module,
+        pretrained: PretrainedState,
+        along: Along = "all",
+        *,
+        depth_groups: int = 3,
+        exclude: Sequence[str] = (),
     ) -> None:
         if along not in get_args(Along):
             raise ValueError(f"along={along!r} is unknown: use one of {', '.join(map(repr, get_args(Along)))}")
@@ -70,7 +78,7 @@ class WalkPath:
             raise ValueError("nothing has trained, so there is no way back")
         self._module = module
         tensors = tracked(module, every=True)
-        self._tensors = {name: tensors[name] for name in pretrained}
+        self._tensors = {name: tensors[name] for name in walked(pretrained, exclude)}
         self._pretrained = pretrained
         self._scaled, self._kept = _adapters(self._tensors, pretrained)
         self._filters: dict[str, FilteredUpdate] = {}
@@ -121,6 +129,24 @@ class WalkPath:
                 )
             if name in self._scaled or name in self._kept:
                 raise ValueError(f'{name} is an adapter\'s, which along="singular_values" does not reach: use "all"')
+
+
+def walked(names: Iterable[str], exclude: Sequence[str]) -> list[str]:
+    """The tensors that go along the way: all that trained but for those that ``exclude`` matches.
+
+    Raises:
+        ValueError: if a glob matches none of them, or together they match all.
+
+    Example:
+        >>> walked(["body.weight", "head.weight"], ["head.*"])
+        ['body.weight']
+    """
+    names = list(names)
+    left = match_names(names, exclude, argument="exclude", aliases={})
+    remaining = [name for name in names if name not in left]
+    if not remaining:
+        raise ValueError(f"exclude={list(exclude)} matches all that trains: nothing would walk back")
+    return remaining
 
 
 def between(start: Tensor, end: Tensor, factor: float) -> Tensor:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from kappa_lightning.anchoring.choice import Goal, Point, check_points, num_points, search
 from kappa_lightning.anchoring.halves import HalvedProbes
-from kappa_lightning.anchoring.path import Along, WalkPath
+from kappa_lightning.anchoring.path import Along, WalkPath, walked
 from kappa_lightning.anchoring.table import walk_table
 from kappa_lightning.callbacks.evaluation import evaluate
 from kappa_lightning.callbacks.forgetting import ForgettingEval
@@ -25,6 +25,7 @@ from kappa_lightning.callbacks.reporting import log_figure, log_scalars, shows_p
 from kappa_lightning.callbacks.walk_measures import validated
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
+from kappa_lightning.weights.patterns import check_patterns
 
 
 class WalkBack(Callback):
@@ -59,6 +60,8 @@ class WalkBack(Callback):
             ``"singular_values"``, which drops the small singular values of each update instead.
         points: how many points, evenly spaced, or the factors themselves.
         depth_groups: the number of stretches.
+        exclude: globs of what is new, such as a head or a projector, and stays as trained at every point: it has no
+            pretrained weights to go back to.
         every_n_epochs: look after every n-th epoch as well, and only log; the module trains on as it is.
         save: whether the chosen point is saved as ``walk_back.ckpt``, or a path to save it at.
         directory: a folder that keeps what trains as it was; in memory on the CPU, and in every checkpoint, if
@@ -74,9 +77,9 @@ class WalkBack(Callback):
     Raises:
         TypeError: if an argument has the wrong type; when training starts, if a parameter that trains is quantized.
         ValueError: if an argument is out of range; when training starts, if there are no probes, a probe cannot be
-            halved, the validation loop does not run, or the weights have trained already and no checkpoint says what
-            they were; when training has ended, if ``monitor`` was not logged. The trained weights are then in the
-            module.
+            halved, ``exclude`` matches nothing that trains, the validation loop does not run, or the weights have
+            trained already and no checkpoint says what they were; when training has ended, if ``monitor`` was not
+            logged. The trained weights are then in the module.
 
     Example:
         >>> import torch
@@ -106,6 +109,7 @@ class WalkBack(Callback):
         along: Along = "all",
         points: int | Sequence[float] = 11,
         depth_groups: int = 3,
+        exclude: Sequence[str] = (),
         every_n_epochs: int | None = None,
         save: bool | str | os.PathLike[str] = True,
         directory: str | os.PathLike[str] | None = None,
@@ -131,6 +135,7 @@ class WalkBack(Callback):
         self.along = along
         self.points = check_points(points)
         self.depth_groups = depth_groups
+        self.exclude = check_patterns(exclude, argument="exclude")
         self.every_n_epochs = every_n_epochs
         self.save = save
         self.alpha: float | dict[str, float] | None = None
@@ -171,6 +176,8 @@ class WalkBack(Callback):
         self._halved = HalvedProbes(*self._probes(trainer), partial(evaluate, trainer, pl_module))
         # By now a checkpoint is restored under every strategy, and whoever freezes has frozen.
         self._keeper.take(trainer, pl_module, "cpu")
+        assert self._keeper.state is not None
+        walked(self._keeper.state, self.exclude)  # which refuses a glob that matches nothing, before training
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -244,7 +251,7 @@ class WalkBack(Callback):
         assert self._keeper.state is not None
         assert self._halved is not None
         adapter_for(trainer).settle(module)
-        path = WalkPath(module, self._keeper.state, self.along, depth_groups=self.depth_groups)
+        path = WalkPath(module, self._keeper.state, self.along, depth_groups=self.depth_groups, exclude=self.exclude)
         arrived = False
         try:
             points = self._measured(trainer, module, path, self._halved)

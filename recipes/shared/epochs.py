@@ -40,6 +40,7 @@ class EpochLines(pl.Callback):
 
     Attributes:
         points: one for each epoch so far.
+        seconds: from the start of the fit to the end of the last epoch.
     """
 
     def __init__(self, method: str, learned: str, stream: TextIO | None = None) -> None:
@@ -47,6 +48,7 @@ class EpochLines(pl.Callback):
         self.learned = learned
         self.stream = stream or sys.stdout
         self.points: list[Point] = []
+        self.seconds = 0.0
         self._started = 0.0
 
     @override
@@ -61,12 +63,12 @@ class EpochLines(pl.Callback):
             float(trainer.callback_metrics[self.learned]), float(trainer.callback_metrics["forgetting/retention"])
         )
         self.points.append(point)
+        self.seconds = time.perf_counter() - self._started
         if not draws_bars(self.stream):
-            seconds = time.perf_counter() - self._started
             print(
                 f"{self.method}: epoch {trainer.current_epoch + 1} of {trainer.max_epochs}, "
                 f"step {trainer.global_step}, "
-                f"{self.learned} {point.learned:.3f}, retention {point.retention:.3f}, {seconds:.0f} s",
+                f"{self.learned} {point.learned:.3f}, retention {point.retention:.3f}, {self.seconds:.0f} s",
                 file=self.stream,
                 flush=True,
             )

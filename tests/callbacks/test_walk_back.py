@@ -145,6 +145,32 @@ def test_one_factor_for_each_stretch_of_layers(tmp_path: Path) -> None:
     assert one.alpha == 0.0  # a single factor must give up the new task
 
 
+def test_what_is_new_stays_as_trained_at_every_point(tmp_path: Path) -> None:
+    seen = []
+
+    def watched(module: Any, _: Any) -> Tensor:
+        seen.append(module.layers[1].weight.item())
+        return 1 + module.layers[0].weight.square().sum()
+
+    probe = Probe([0, 0], Down(), watched)
+    walk_back = WalkBack(min_retention=0.99, probes={"old": probe}, points=3, exclude=["layers.1.*"], save=False)
+    module, _ = walked(tmp_path, walk_back, module=Layers())
+    assert walk_back.alpha == 0.0
+    assert [layer.weight.item() for layer in module.layers] == [0.0, 1.0]
+    assert set(seen) == {1.0}
+
+
+def test_statistics_of_what_is_new_stay_too(tmp_path: Path) -> None:
+    plain, _ = fitted(tmp_path)
+    probe = Probe([0, 0], Down(), lambda m, b: 1 + (m.hidden.weight - TinyNet().hidden.weight).abs().sum())
+    back = WalkBack(monitor_limit=1e9, probes={"old": probe}, points=2, exclude=["norm.*"], save=False)
+    module, _ = fitted(tmp_path, back)
+    assert back.alpha == 0.0
+    for name in ("norm.weight", "norm.running_mean", "norm.running_var"):
+        assert torch.equal(module.state_dict()[name], plain.state_dict()[name])
+    assert torch.equal(module.hidden.weight, TinyNet().hidden.weight)
+
+
 def tiny_probe() -> Probe:
     tokens = torch.randint(11, (8, 7), generator=torch.Generator().manual_seed(3))
     return Probe(
@@ -302,6 +328,8 @@ def test_what_cannot_work_is_said_before_training(tmp_path: Path) -> None:
         (WalkBack(0.5, probes={"one": one_batch}), "'one' has one batch", {}),
         (WalkBack(0.5, probes={"mixed": shuffled}), "'mixed' shuffles its data", {}),
         (WalkBack(0.5, probes={"old": cost_probe()}), "none runs", {"limit_val_batches": 0}),
+        (WalkBack(0.5, probes={"old": cost_probe()}, exclude=["head.*"]), "exclude: the pattern 'head", {}),
+        (WalkBack(0.5, probes={"old": cost_probe()}, exclude=["weight"]), "matches all that trains", {}),
     ):
         module = Line()
         with pytest.raises(ValueError, match=message):

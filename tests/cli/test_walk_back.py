@@ -51,6 +51,21 @@ def test_a_quarter_of_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "3 tensors at alpha=0.25 written to" in capsys.readouterr().out
 
 
+def test_what_is_excluded_stays_as_trained_in_whatever_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, trained = write(tmp_path)
+    save_file({**BASE, "head.weight": torch.zeros(3, 1)}, base)
+    out = ["--alpha", "0.25", "--out", str(tmp_path / "new.safetensors")]
+    assert main(["walk-back", base, trained, *out]) == 1
+    assert "head.weight is (3, 1) in" in capsys.readouterr().err
+    assert main(["walk-back", base, trained, *out, "--exclude", "head.*", "--exclude", "norm.*"]) == 0
+    expected = {**QUARTER, "norm.bias": TRAINED["norm.bias"]}
+    assert_same_tensors(load_file(tmp_path / "new.safetensors"), expected)
+    assert main(["walk-back", base, trained, *out, "--exclude", "neck.*"]) == 1
+    assert "exclude: the pattern 'neck.*' matches no parameter" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("alpha", [0, 1])
 def test_both_ends_are_exact(tmp_path: Path, alpha: int) -> None:
     main(["walk-back", *write(tmp_path), "--alpha", str(alpha), "--out", str(tmp_path / "new.safetensors")])

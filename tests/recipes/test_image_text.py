@@ -118,13 +118,16 @@ def test_a_short_run_of_every_method_gives_its_row_and_leaves_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = tmp_path / "pairs.tsv"
-    lines = image_text.PAIRS.read_text(encoding="utf-8").splitlines()[:25]
+    lines = image_text.PAIRS.read_text(encoding="utf-8").splitlines()[:70]
     pairs.write_text("\n".join(lines) + "\n", encoding="utf-8")
     options = ["--epochs", "1", "--steps-per-epoch", "2", "--batch-size", "8", "--sts", str(pairs)]
     options += ["--log-dir", str(tmp_path / "runs"), "--accelerator", "cpu"]
     monkeypatch.setattr(image_text.SceneData, "val_dataloader", _one_batch)
-    full, kappa = image_text.main(options)
-    assert (full.method, kappa.method) == ("full", "kappa")
+    full, walked, kappa = image_text.main(options)
+    assert (full.method, walked.method, kappa.method) == ("full", "full, walked back", "kappa")
+    assert walked.seconds > full.seconds
+    assert walked.spearman is None
+    assert walked.retention >= 0.97
     assert kappa.trainable < full.trainable / 3
     assert 0 <= full.accuracy <= 1
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["full", "kappa", "learned-and-kept.png"]
@@ -134,6 +137,7 @@ def test_a_short_run_of_every_method_gives_its_row_and_leaves_a_picture(
     line = f"full: epoch 1 of 1, step 2, val/accuracy {full.accuracy:.3f}, retention {full.retention:.3f}"
     assert line in printed.out
     assert "kappa: epoch 1 of 1" in printed.out
+    assert "walked" in printed.out
     assert "it/s" not in printed.out + printed.err
     # Without blanks, since lines are wrapped at the width of the console.
     assert f"tensorboard--logdir{tmp_path / 'runs'}" in "".join(printed.out.split())

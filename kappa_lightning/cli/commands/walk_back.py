@@ -49,6 +49,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
     limits.add_argument("--min-retention", type=float, metavar="R", help="what every probe must keep, at most 1")
     limits.add_argument("--monitor-limit", type=float, metavar="X", help="or the worst value that the monitor may have")
     parser.add_argument("--along", default="all", choices=_ALONG, help="one factor for all, for each role or for depth")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="what is new, such as a head, and stays as trained at every point; may be given several times",
+    )
     parser.add_argument("--points", type=int, default=11, metavar="N", help="factors that are tried (default: 11)")
     parser.add_argument("--windows", type=int, default=32, metavar="N", help="windows of each text (default: 32)")
     add_device(parser)
@@ -65,7 +72,7 @@ def _walk_back(args: Namespace) -> int:
         raise FileNotFoundError(f"{args.out}: there is no folder {args.out.parent}")
     if args.alpha is not None and args.out is None:
         raise ValueError("--alpha without --out would do nothing: name where the point is written")
-    walk = CheckpointWalk(args.base, args.trained, args.along)
+    walk = CheckpointWalk(args.base, args.trained, args.along, exclude=args.exclude)
     factors = dict.fromkeys(walk.groups, args.alpha) if args.alpha is not None else _search(args, walk)
     if args.out is not None:
         say(f"{walk.changed} tensors at {_shown(factors)} written to {walk.save(factors, args.out)}")
