@@ -17,7 +17,7 @@ from kappa_lightning.arguments import as_bool, as_globs, describe
 from kappa_lightning.callbacks.frozen import Freeze, frozen_earlier, thawed
 from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.plan import AnyProfile, Choice, Plan
-from kappa_lightning.callbacks.planner import Patterns, find_candidates, plan_of_state, require_no_averages
+from kappa_lightning.callbacks.planner import Patterns, find_candidates, plan_of_state
 from kappa_lightning.callbacks.reporting import log_text
 from kappa_lightning.callbacks.resume import Runs, Start
 from kappa_lightning.callbacks.trainer import callbacks_of, saves_on_exception
@@ -197,7 +197,6 @@ class FreezeCallback(Callback, Generic[AnyProfile]):
             if start is Start.RESUMED:
                 saved = (self._runs.state or {}).get("optimizer_numbering", "optimizer")
                 adapter.require_numbering(trainer, saved, set(parameters) - plan.dropped)
-            require_no_averages(trainer, plan)
             self._freeze = Freeze(trainer, pl_module, adapter, plan, self)
         if earlier and start in (Start.FRESH, Start.AGAIN) and not self._runs.is_of(pl_module):
             rank_zero_info(

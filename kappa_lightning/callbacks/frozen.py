@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kappa_lightning.callbacks.averaging import average_what_trains
 from kappa_lightning.callbacks.plan import AnyProfile, Plan
 from kappa_lightning.parts import PartialTraining, train_parts
 from kappa_lightning.strategies import StrategyAdapter, add_beside, scale_rates
@@ -97,6 +98,7 @@ class Freeze:
         self._undo_optimizers: Callable[[], None] = _nothing
         self._undo_rates: Callable[[], None] = _nothing
         self._undo_parts: Callable[[], None] = _nothing
+        self._undo_averages: Callable[[], None] = _nothing
         self._partial: PartialTraining | None = None
         self._storing: list[RemovableHandle] = []
         self._divided = [parameters[part.parameter] for part in plan.parts]
@@ -130,6 +132,7 @@ class Freeze:
                 parameter.grad = None
             for parameter in self._thawed:
                 parameter.requires_grad = True
+            self._undo_averages = average_what_trains(trainer, module, plan.frozen, self._partial)
             self.rewrap()
         except BaseException:
             for parameter, gradient in self._gradients:
@@ -175,6 +178,7 @@ class Freeze:
             self._partial.store()
 
     def _rejoin(self) -> None:
+        self._undo_averages()
         if self._partial is not None:
             for handle in self._storing:
                 handle.remove()

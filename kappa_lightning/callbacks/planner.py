@@ -6,14 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from kappa_lightning.callbacks.plan import AnyProfile, Choice, Plan
-from kappa_lightning.callbacks.trainer import callbacks_of
 from kappa_lightning.weights import Weight, find_weights, included, match_parameters, plain_parameters
 from kappa_lightning.weights.part import Part, split_name
 
@@ -191,20 +188,6 @@ def plan_of_state(
         rates=state.get("rates"),
         parts=parts,
     )
-
-
-def require_no_averages(trainer: pl.Trainer, plan: Plan[AnyProfile]) -> None:
-    """Make sure that nothing averages the weights if parts of parameters train.
-
-    Raises:
-        ValueError: if a callback does; it would average the parts twice, once with the whole that they lie in.
-    """
-    averaging = [*callbacks_of(trainer, WeightAveraging), *callbacks_of(trainer, StochasticWeightAveraging)]
-    if plan.parts and averaging:
-        raise ValueError(
-            f"{type(averaging[0]).__name__} averages every parameter, and {plan.parts[0].name} is a part of one that "
-            'it averages, too: leave the averaging out, or let whole tensors train (experts="mean", heads="whole")'
-        )
 
 
 def require_optimized(names: Collection[str], optimized: Collection[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Any, cast
 
@@ -26,10 +27,12 @@ class PartialTraining:
 
     Attributes:
         parameters: the trainable parameter of each part by its name, in the order in which they were given.
+        indices: for the name of each parameter of which parts train where these lie.
     """
 
     def __init__(self, module: nn.Module, parts: Sequence[Part]) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
+        self.indices: dict[str, list[Index]] = {}
         self._layers: list[nn.Module] = []
         reshard(module)
         owners = _owners(module)
@@ -55,6 +58,7 @@ class PartialTraining:
         for part in parts:
             layer, attribute = owners[part.parameter]
             self.parameters[part.name] = cast(nn.Parameter, layer._parameters[f"{attribute}[{part.label}]"])
+            self.indices.setdefault(part.parameter, []).append(part.index)
 
     def store(self) -> None:
         """Put the parts' values into their wholes where FSDP2 shards them; elsewhere they are there already.
@@ -65,12 +69,23 @@ class PartialTraining:
         for layer in self._layers:
             _hold(layer).store()
 
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Leave the module its own parameters alone, for code that pairs them with a copy's; it cannot run so."""
+        parts = [(layer, {name: layer._parameters.pop(name) for name in _hold(layer).names}) for layer in self._layers]
+        try:
+            yield
+        finally:
+            for layer, members in parts:
+                layer._parameters.update(members)
+
     def undo(self) -> None:
         """Make the module as it was, with the weights as they are now; the whole parameters' ``requires_grad``, too."""
         for layer in self._layers:
             _hold(layer).undo()
         self._layers.clear()
         self.parameters.clear()
+        self.indices.clear()
 
 
 def train_parts(module: nn.Module, parts: Iterable[Part]) -> PartialTraining:
@@ -82,7 +97,8 @@ def train_parts(module: nn.Module, parts: Iterable[Part]) -> PartialTraining:
     ``save_pretrained`` keep the names and shapes that they had.
 
     A copy of the module has parts of its own. A moving average must not be taken of both, the whole and its parts
-    (``AveragedModel`` would average the parts twice): take it of the ``state_dict``.
+    (``AveragedModel`` would average the parts twice): take it of the ``state_dict``, or under
+    :meth:`PartialTraining.hidden`, as the freeze callbacks have Lightning's averaging callbacks do it.
 
     What remains is the transient gradient of the whole tensor in the backward pass of its layer.
 
@@ -204,6 +220,11 @@ class _Held:
         ]
         _swap_class(layer, self.plain, ())
 
+    @property
+    def names(self) -> list[str]:
+        """The parts' names in the layer."""
+        return [name for indices in self.indices.values() for name in indices]
+
     def _enter(self, *_: Any) -> None:
         # An expert layer reads its weight once for each expert; joined once, the gradients of all are added up first.
         self.joined = {}
@@ -307,20 +328,17 @@ def _property(attribute: str) -> property:
 class _Split:
     """What a layer of which parts train does otherwise than its own class; mixed into it."""
 
-    def _names_of_parts(self) -> list[str]:
-        held: _Held = self.__dict__[_HELD]
-        return [name for indices in held.indices.values() for name in indices]
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        held: _Held = self.__dict__[_HELD]
         # The whole has their entries.
-        for name in self._names_of_parts():
+        for name in held.names:
             destination.pop(prefix + name, None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **named: Any) -> None:
         parameters: dict[str, Any] = self.__dict__["_parameters"]
         held: _Held = self.__dict__[_HELD]
-        parts = {name: parameters.pop(name) for name in self._names_of_parts()}
+        parts = {name: parameters.pop(name) for name in held.names if name in parameters}
         try:
             super()._load_from_state_dict(state_dict, prefix, *arguments, **named)  # type: ignore[misc]
         finally:
@@ -331,7 +349,8 @@ class _Split:
         # Lightning loads a checkpoint into a sharded module parameter by parameter, and stops at what it has not.
         caller = sys._getframe(1)
         hides = caller.f_code.co_name == "_named_parameters_and_buffers_to_load"
-        hidden = self._names_of_parts() if hides else []
+        held: _Held = self.__dict__[_HELD]
+        hidden = held.names if hides else []
         for name, parameter in super().named_parameters(*arguments, **named):  # type: ignore[misc]
             if name not in hidden:
                 yield name, parameter

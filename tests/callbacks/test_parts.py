@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
 from kappa_lightning import KappaFreezeCallback, KappaMonitor, KappaProfile
+
+
+class Experts(nn.Module):
+    """Fused experts that a compiler takes whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 6, 5))
+        self.down_proj = nn.Parameter(torch.randn(4, 5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = torch.einsum("bi,eoi->beo", x, self.gate_up_proj).chunk(2, -1)
+        return x + torch.einsum("beo,eio->bi", nn.functional.silu(gate) * up, self.down_proj)
 
 
 class Mixture(pl.LightningModule):
@@ -44,6 +64,16 @@ class Mixture(pl.LightningModule):
         if self.kind == "sgd":
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
         return torch.optim.AdamW(self.named_parameters(), lr=1e-2, weight_decay=0.5)
+
+
+class Validated(Mixture):
+    """With a validation loop, in which averaged weights are swapped in."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("loss", self.model(input_ids=batch, labels=batch).loss)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.arange(16).reshape(2, 8))
 
 
 def fit(module: pl.LightningModule, *callbacks: pl.Callback, ckpt_path: Any = None, **arguments: Any) -> pl.Trainer:
@@ -182,12 +212,49 @@ def test_monitor_sees_the_tensor_move_whose_expert_trains():
     assert {other for other in first if first[other] != last[other]} == {name}
 
 
-def test_averaged_weights_are_refused_before_training():
-    module = Mixture()
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(ValueError, match="EMAWeightAveraging averages"):
-        fit(module, KappaFreezeCallback(num_tensors=1, experts="each", include=["@experts"]), EMAWeightAveraging())
-    assert not changed(before, module.state_dict())
+AVERAGING: dict[str, Callable[[], pl.Callback]] = {
+    "ema": lambda: EMAWeightAveraging(decay=0.7),
+    "mean": WeightAveraging,
+    "swa": lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1, avg_fn=get_ema_avg_fn(0.7)),
+}
+
+
+@pytest.mark.parametrize(("kind", "is_first"), [("ema", True), ("ema", False), ("mean", False), ("swa", True)])
+def test_averages_are_of_the_chosen_experts_and_leave_every_other_bit(tmp_path, kind, is_first):
+    def run(name: str, **chosen: Any) -> tuple[Mixture, KappaFreezeCallback, dict[str, Tensor]]:
+        module = Validated()
+        freeze, averaging = KappaFreezeCallback(include=["@experts"], **chosen), AVERAGING[kind]()
+        saver = ModelCheckpoint(tmp_path / name, save_last=True, save_on_train_epoch_end=True)
+        callbacks = [averaging, freeze, saver] if is_first else [freeze, averaging, saver]
+        fit(module, *callbacks, enable_checkpointing=True)
+        assert vars(averaging).keys().isdisjoint(dir(pl.Callback))
+        return module, freeze, torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"]
+
+    before = Mixture().state_dict()
+    module, freeze, saved = run("parts", num_tensors=4, experts="each")
+    averaged = module.state_dict()
+    assert changed(before, averaged) == set(freeze.selected_names)
+    assert saved.keys() == before.keys()
+    assert changed(before, saved) == set(freeze.selected_names)
+    # Training of all experts, part by part, ends with the averages of training the whole tensors.
+    every, _, _ = run("all", top_p=1.0, experts="each")
+    whole, _, _ = run("whole", top_p=1.0)
+    assert not changed(whole.state_dict(), every.state_dict())
+
+
+def test_average_of_a_resumed_run_is_that_of_the_uninterrupted_one(tmp_path):
+    def run(name: str, epochs: int, ckpt_path: Any = None) -> Mixture:
+        module = Mixture()
+        callback = KappaFreezeCallback(num_tensors=3, experts="each", include=["@experts"])
+        saver = ModelCheckpoint(tmp_path / name, save_last=True)
+        averaging = EMAWeightAveraging(decay=0.7)
+        fit(module, callback, averaging, saver, max_epochs=epochs, enable_checkpointing=True, ckpt_path=ckpt_path)
+        return module
+
+    whole = run("whole", 2)
+    run("half", 1)
+    resumed = run("rest", 2, tmp_path / "half" / "last.ckpt")
+    assert not changed(whole.state_dict(), resumed.state_dict())
 
 
 def test_heads_that_nothing_tells_are_refused():
@@ -204,3 +271,55 @@ def test_heads_that_nothing_tells_are_refused():
 
     with pytest.raises(ValueError, match="finds no attention"):
         fit(Plain(), KappaFreezeCallback(heads="each"))
+
+
+class Compiled(Mixture):
+    """Its network is compiled, and has run before the experts are chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(Experts(), backend="aot_eager")
+        del self.model
+        self.net(torch.ones(1, 5)).sum().backward()
+        self.zero_grad()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.net(batch.float()[:, :5] / 32).square().mean()
+        return loss
+
+
+class Eager(Compiled):
+    """The same network without the compiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = self.net._orig_mod
+
+
+def test_experts_of_a_compiled_network_train_as_without_the_compiler():
+    trained = {}
+    for kind in (Compiled, Eager):
+        module = kind()
+        before = copy.deepcopy(module.state_dict())
+        callback = KappaFreezeCallback(num_tensors=2, experts="each")
+        fit(module, callback)
+        after = module.state_dict()
+        assert {name.replace("_orig_mod.", "") for name in changed(before, after)} == set(callback.selected_names)
+        trained[kind] = list(after.values())
+    for compiled, eager in zip(trained[Compiled], trained[Eager], strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
+
+
+def test_gradient_checkpointing_trains_the_same_experts_to_the_same_weights():
+    trained = []
+    for checkpoints in (True, False):
+        module = Mixture()
+        if checkpoints:
+            module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        module.model.train()
+        before = copy.deepcopy(module.state_dict())
+        callback = KappaFreezeCallback(num_tensors=3, experts="each", include=["@experts"])
+        fit(module, callback)
+        assert changed(before, module.state_dict()) == set(callback.selected_names)
+        trained.append(module.state_dict())
+    assert not changed(*trained)

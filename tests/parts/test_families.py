@@ -2,63 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 import transformers
+from mixtures import FAMILIES, TRANSPOSED, build
 from torch import nn
 
 from kappa_lightning import spectrum
 from kappa_lightning.parts import split_into_parts, train_parts
 from kappa_lightning.weights import find_weights
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-LATENT: dict[str, Any] = {
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 6,
-    "first_k_dense_replace": 0,
-    "n_group": 1,
-    "topk_group": 1,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
-    "DeepseekV2": {**LATENT, "q_lora_rank": None},
-    "DeepseekV3": {**LATENT, "q_lora_rank": 16},
-    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-    "Llama4Text": {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 24},
-    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "Phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
-TRANSPOSED = ("GptOss", "Llama4Text")
-
-
-def build(family: str) -> nn.Module:
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES[family]})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    return model.eval()
 
 
 def fused(model: nn.Module, attribute: str) -> tuple[str, nn.Parameter]:
