@@ -47,6 +47,12 @@ def dequantize(name: str, parameter: Tensor, layer: nn.Module) -> Tensor:
             return parameter.detach()  # quantized only when it is moved to a device
         if parameter.is_quantized or _is_torchao(parameter):
             return parameter.detach().dequantize()
+    if type(layer).__name__.startswith("Mxfp4"):
+        raise TypeError(
+            f"{name} is stored in MXFP4 ({parameter.dtype}, shape {tuple(parameter.shape)}), in which nothing can be "
+            "trained: load the model with quantization_config=Mxfp4Config(dequantize=True), or scan its checkpoint, "
+            "which is read dequantized"
+        )
     raise TypeError(
         f"{name} is stored as {parameter.dtype} ({kind}, shape {tuple(parameter.shape)}), a quantized weight that "
         "cannot be read: exclude it by name, or load the model unquantized"

@@ -46,12 +46,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Jamba": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "GraniteMoeHybrid": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 12,
+        "layer_types": ["mamba", "attention"],
+        "num_hidden_layers": 2,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 4,
+        "mamba_n_groups": 1,
+    },
+    "Qwen3Next": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 12,
+        "head_dim": 8,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_hidden_layers": 2,
+    },
+}
+"""Layers of attention and state-space layers by turns."""
 TRANSPOSED = ("GptOss", "Llama4Text")
 
 
 def build(family: str, experts: int = 4, **sizes: Any) -> nn.Module:
     """A causal language model of one layer, with that many routed experts."""
-    given = {**SIZES, **FAMILIES[family], **sizes}
+    given = {**SIZES, **(FAMILIES | HYBRIDS)[family], **sizes}
     given |= {key: experts for key in _COUNTS if key in given}
     config = getattr(transformers, f"{family}Config")(**given)
     torch.manual_seed(0)

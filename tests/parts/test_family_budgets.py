@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from mixtures import FAMILIES, build
+from mixtures import FAMILIES, HYBRIDS, build
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -72,8 +72,8 @@ def experts_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every matrix of an expert by the name of its candidate."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        # Granite's files have the experts of a layer in the layer itself.
-        if "expert" in name or "put_linear" in name:
+        # Granite's files have the experts of a layer in the layer itself; what gates a shared expert is a router.
+        if ("expert" in name or "moe.input" in name or "moe.output" in name) and "expert_gate" not in name:
             if tensor.ndim == 3:
                 found |= {f"{name}[{expert}]": matrix for expert, matrix in enumerate(tensor)}
             elif tensor.ndim == 2 and not name.endswith("_bias"):
@@ -110,6 +110,20 @@ def test_a_tenth_of_the_experts_trains_and_nothing_else(family: str) -> None:
     fit(module, freeze)
     assert set(freeze.selected_names) == lowest_tenth(before)
     assert_these_alone_moved(before, state_of(module), lowest_tenth(before))
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrid_models_train_a_tenth_of_their_experts_and_rank_no_decay_rate(family: str) -> None:
+    module = Learner(build(family, EXPERTS, **SMALL))
+    before = state_of(module)
+    freeze = KappaFreezeCallback(top_p=0.1, include=["@experts"], experts="each")
+    fit(module, freeze)
+    assert set(freeze.selected_names) == lowest_tenth(before)
+    assert_these_alone_moved(before, state_of(module), lowest_tenth(before))
+    ranked = {row.name.rpartition(".")[2] for row in KappaProfile.from_model(module, experts="each", progress=False)}
+    vectors = {"A_log", "D", "dt_bias"}
+    assert vectors & {name.rpartition(".")[2] for name in before}
+    assert not ranked & vectors
 
 
 @pytest.mark.parametrize("family", FAMILIES)

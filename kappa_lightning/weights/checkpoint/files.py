@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from kappa_lightning.weights.checkpoint.mxfp4 import with_mxfp4_dequantized
 from kappa_lightning.weights.checkpoint.pickle_file import read_pickle
 from kappa_lightning.weights.checkpoint.safetensors_file import read_safetensors
 from kappa_lightning.weights.checkpoint.stored import Stored
@@ -43,12 +44,16 @@ def find_source(path: str | os.PathLike[str]) -> Path:
 
 
 def read_files(source: Path) -> dict[str, Stored]:
-    """The tensors of a checkpoint, from whatever files it consists of.
+    """The tensors of a checkpoint, from whatever files it consists of; experts in MXFP4 are read dequantized.
 
     Raises:
         FileNotFoundError: if a folder holds no weights, or a shard is missing.
         ValueError: if a file is corrupt or of an unknown kind, or an index does not fit its shards.
     """
+    return with_mxfp4_dequantized(_read_all(source))
+
+
+def _read_all(source: Path) -> dict[str, Stored]:
     if not source.is_dir():
         return _read_file(source)
     for name in _NAMES:
