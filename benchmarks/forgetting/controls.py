@@ -6,6 +6,8 @@
 ``kappa 0.5 in GLOB``             the same among the matrices that a glob or group matches
 ``permuted:kappa 0.25``           as many of each role and shape as ``kappa 0.25`` takes, in random layers: what κ
                                   permuted among the matrices of a kind would choose
+``folded:kappa 0.25``             by κ of the same function written otherwise: the gain of each norm folded into the
+                                  matrices that read it (Llama's names); the model itself trains as it is
 ``depth-matched:kappa 0.25``      for every layer random matrices of it, with at most as many parameters as
                                   ``kappa 0.25`` takes there
 ``… + light anchor 10``           any method with :class:`~kappa_lightning.PretrainedAnchor` of that strength on two
@@ -20,10 +22,13 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 import benchmarks.forgetting.candidates  # noqa: F401 - registers its criteria
 from benchmarks.forgetting.task import Task
@@ -37,10 +42,13 @@ from kappa_lightning.weights.patterns import included, match_parameters
 from kappa_lightning.weights.roles import depth_and_role
 
 _RANKED = re.compile(
-    r"(?:(?P<control>permuted|depth-matched):)?(?P<criterion>(?:reversed:)?\w+)\s+(?P<budget>0?\.\d+)"
+    r"(?:(?P<control>permuted|depth-matched|folded):)?(?P<criterion>(?:reversed:)?\w+)\s+(?P<budget>0?\.\d+)"
     r"(?:\s+in\s+(?P<where>\S+))?"
 )
 _LIGHT_ANCHOR = re.compile(r"(?P<base>.+?)\s*\+\s*light anchor\s+(?P<strength>\d+(?:\.\d+)?)")
+
+
+_READS = re.compile(r"(?P<layer>.*\.)(?:(?P<attention>self_attn\.[qkv]_proj)|mlp\.(?:gate|up)_proj)\.weight")
 
 
 def method(name: str, task: Task, seed: int, exclude: Sequence[str] = ()) -> Candidate:
@@ -75,10 +83,12 @@ def method(name: str, task: Task, seed: int, exclude: Sequence[str] = ()) -> Can
             for weight in included(find_weights(module), module, (where,), exclude)
             if weight.name not in new and weight.parameter is not None and weight.parameter.requires_grad
         ]
-        ranking = rank(KappaProfile.from_weights(weights), found["criterion"], seed=seed)
+        with folded_gains(module) if found["control"] == "folded" else nullcontext():
+            profile = KappaProfile.from_weights(weights)
+        ranking = rank(profile, found["criterion"], seed=seed)
         chosen = first_within(ranking, budget)
-        if found["control"] is not None:
-            chosen = {"permuted": permuted, "depth-matched": depth_matched}[found["control"]](ranking, chosen, seed)
+        if found["control"] in DRAWS:
+            chosen = DRAWS[found["control"]](ranking, chosen, seed)
         return [TrainOnly(sorted(chosen), task.new)]
 
     return Candidate(name, build)
@@ -100,6 +110,33 @@ def first_within(ranking: Sequence[KappaRow], share: float) -> list[str]:
         chosen.append(row.name)
         used += row.num_parameters
     return chosen
+
+
+@contextmanager
+def folded_gains(module: nn.Module) -> Iterator[None]:
+    """Within it the matrices that read a norm hold its gain as well: W·diag(g), which with g = 1 is the same function.
+
+    Raises:
+        ValueError: if the module has no matrix of Llama's names behind a norm.
+    """
+    parameters = dict(module.named_parameters())
+    folded = {}
+    for name, weight in parameters.items():
+        if reader := _READS.fullmatch(name):
+            norm = "input_layernorm" if reader["attention"] else "post_attention_layernorm"
+            folded[name] = weight.detach() * parameters[f"{reader['layer']}{norm}.weight"].detach()
+    if not folded:
+        raise ValueError("no matrix is named as Llama's, so there is no gain to fold")
+    kept = {name: parameters[name].detach().clone() for name in folded}
+    try:
+        with torch.no_grad():
+            for name, value in folded.items():
+                parameters[name].copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                parameters[name].copy_(value)
 
 
 def permuted(rows: Sequence[KappaRow], chosen: Sequence[str], seed: int) -> list[str]:
@@ -143,3 +180,6 @@ def depth_matched(rows: Sequence[KappaRow], chosen: Sequence[str], seed: int) ->
                 drawn.append(row.name)
                 room -= row.num_parameters
     return drawn
+
+
+DRAWS = {"permuted": permuted, "depth-matched": depth_matched}
