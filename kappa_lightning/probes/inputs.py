@@ -127,7 +127,8 @@ class GeneratedText(ReferenceInputs):
     """Text that a causal language model samples from its begin token, or an image-text model for the task's images.
 
     An image-text model gets the images and prompts of the new task's batches (the tokens before the first label, or
-    up to the last token that stands for an image) and writes on from there; only what it writes counts.
+    up to the last token that stands for an image) and writes on from there; only what it writes counts. Such a batch is
+    a mapping with ``input_ids``, or has one as an entry.
 
     Args:
         num_sequences: how many; of an image-text model at most as many samples of the task as this.
@@ -202,11 +203,13 @@ class GeneratedText(ReferenceInputs):
         for number, batch in enumerate(task):
             if done >= self.num_sequences:
                 break
-            if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            inputs = _model_inputs(batch)
+            if inputs is None:
                 raise ValueError(
-                    f"{type(model).__name__} takes images, and the train dataloader's batches are no mappings with "
-                    "input_ids to take them from: give a dataloader of images and prompts as the reference"
+                    f"{type(model).__name__} takes images, and the train dataloader's batches hold no mapping with "
+                    "input_ids (or several) to take them from: give a dataloader of images and prompts as the reference"
                 )
+            batch = inputs
             generator = torch.Generator(batch["input_ids"].device).manual_seed(self.seed * 1_000_003 + number)
             yield _written_on(model, batch, self.num_tokens, generator, watch)
             done += len(batch["input_ids"])
@@ -268,6 +271,15 @@ def require_language_model(module: nn.Module) -> Any:
 def takes_images(model: Any) -> bool:
     """Whether a transformers model takes images beside tokens."""
     return getattr(model.config, "vision_config", None) is not None
+
+
+def _model_inputs(batch: Any) -> Mapping[str, Any] | None:
+    """The mapping with ``input_ids`` that a batch is, or the only one that is an entry of it."""
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        return batch
+    entries = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    found = [entry for entry in entries if isinstance(entry, Mapping) and "input_ids" in entry]
+    return found[0] if len(found) == 1 else None
 
 
 def _writes(model: Any) -> bool:

@@ -234,6 +234,17 @@ def test_image_text_model_samples_what_one_pass_over_the_whole_text_says():
     assert torch.equal(likeliest, found["labels"][found["labels"] != -100])
 
 
+def test_image_text_model_finds_its_inputs_inside_a_batch():
+    module, batch = Language(llava()), image_batch()
+    (expected,) = GeneratedText(num_tokens=5).prepare(module, [batch])
+    for nested in ({"inputs": batch, "samples": ["a", "b"]}, (batch, torch.zeros(2))):
+        (found,) = GeneratedText(num_tokens=5).prepare(module, [nested])
+        assert torch.equal(found["input_ids"], expected["input_ids"])
+    for unclear in ({"one": batch, "other": batch}, torch.zeros(2)):
+        with pytest.raises(ValueError, match="hold no mapping with input_ids"):
+            GeneratedText(num_tokens=5).prepare(module, [unclear])
+
+
 def test_image_text_model_needs_images_from_the_task():
     with pytest.raises(ValueError, match="takes images, and there is no batch of the task"):
         GeneratedText().prepare(Language(llava()), [])
