@@ -38,6 +38,22 @@ def as_int(value: Any, argument: str) -> int:
     return operator.index(value)
 
 
+def as_count(value: Any, argument: str) -> int:
+    """An int of at least 1 from whatever is integral by its type.
+
+    Raises:
+        ValueError: if it is another number or none; the message names the argument.
+
+    Example:
+        >>> import numpy as np
+        >>> as_count(np.int64(3), "every_n_epochs")
+        3
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{argument}={value!r} must be an int of at least 1")
+    return operator.index(value)
+
+
 def as_bool(value: Any, argument: str) -> bool:
     """A bool from one of Python's or NumPy's.
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from kappa_lightning.callbacks.evaluation import measure
+from kappa_lightning.arguments import as_bool
+from kappa_lightning.callbacks.breach import JudgedBy, Limit, OnBreach
+from kappa_lightning.callbacks.measures import NO_BASELINE, Measures
 from kappa_lightning.callbacks.order import move_before
-from kappa_lightning.callbacks.recoverable import Recoverable
 from kappa_lightning.callbacks.reporting import (
     has_folder,
     log_figure,
@@ -29,25 +27,16 @@ from kappa_lightning.callbacks.reporting import (
     shows_pictures,
 )
 from kappa_lightning.callbacks.resume import Runs, Start
-from kappa_lightning.callbacks.retention import figures_of, require_ratios, retention_charts
-from kappa_lightning.callbacks.schedule import EVERY_EPOCH, Schedule, warn_of_stale_monitors
+from kappa_lightning.callbacks.retention import retention_charts
+from kappa_lightning.callbacks.schedule import Schedule, warn_of_stale_monitors
 from kappa_lightning.callbacks.state import figures_in
 from kappa_lightning.callbacks.story import Story
 from kappa_lightning.callbacks.trainer import batch_limit, has_trained
-from kappa_lightning.evaluation import Items, Measurement, adapters_off, has_adapters
+from kappa_lightning.evaluation import Measurement
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
 
-OnBreach = Literal["stop", "warn", "raise"]
-JudgedBy = Literal["retention", "retention_low"]
 Moment = Literal["start", "step", "epoch"]
-_IDENTITY = 1e-4
-"""Relative: more than kernels and precisions differ by."""
-_NO_BASELINE = (
-    "{source} has no baseline of the probe {probe!r}, and measuring one on weights that are trained already would hide "
-    "what they forgot: leave this probe out, or load the weights into a new module and call fit without ckpt_path to "
-    "start from them"
-)
 
 
 class ForgettingEval(Callback):
@@ -89,7 +78,8 @@ class ForgettingEval(Callback):
 
     What is lost may only be out of line: features that are still there, and a last layer that no longer uses them
     (Zheng et al., *Spurious Forgetting in Continual Learning of Language Models*, arXiv 2501.13453). With
-    ``recoverable=k`` each evaluation takes k steps on copies of the parameters that train, one on each of the probe's
+    ``recoverable=k`` each evaluation takes k steps on copies of the parameters that train (under FSDP2 and tensor
+    parallelism on these themselves, which are then put back from a copy, bit for bit), one on each of the probe's
     first k batches, in eval mode, with an optimizer of the kind, the settings and the initial rate of the module's
     first one, and measures the probe's other batches again. What comes back was never lost. The figure before the
     first step tells what such steps do to a model that has lost nothing. The run itself goes on bit for bit as without.
@@ -109,8 +99,7 @@ class ForgettingEval(Callback):
         judged_by: what may not fall below ``min_retention``: the ``"retention"`` itself, or ``"retention_low"``, the
             lower end of its interval.
         recoverable: the number k of steps back; ``None`` takes none. Each probe needs a loss (those for accuracy,
-            perplexity and agreement have one, others take ``loss=``), more than k batches and no shuffling. Not for
-            strategies that shard the weights.
+            perplexity and agreement have one, others take ``loss=``), more than k batches and no shuffling.
         figures: whether to draw ``forgetting/story``, the retention of every probe with its interval over the training
             loss, for loggers that take pictures, and at the end as ``forgetting.png`` into the logger's folder.
 
@@ -146,7 +135,7 @@ class ForgettingEval(Callback):
     def __init__(
         self,
         probes: Mapping[str, Probe],
-        every_n_epochs: int | None = EVERY_EPOCH,
+        every_n_epochs: int | None = None,
         min_retention: float | None = None,
         on_breach: OnBreach = "stop",
         *,
@@ -168,30 +157,23 @@ class ForgettingEval(Callback):
             if not isinstance(probe, Probe):
                 raise TypeError(f"probes[{name!r}] is a {type(probe).__name__}, not a Probe")
         self.schedule = Schedule(every_n_epochs, every_n_train_steps)
-        self.every_n_epochs, self.every_n_train_steps = self.schedule.every_n_epochs, every_n_train_steps
-        if min_retention is not None and not (isinstance(min_retention, int | float) and 0 < min_retention <= 1):
-            raise ValueError(f"min_retention={min_retention!r} must be in (0, 1], 1 being all")
-        if on_breach not in get_args(OnBreach):
-            raise ValueError(
-                f"on_breach={on_breach!r} is unknown: use one of {', '.join(map(repr, get_args(OnBreach)))}"
-            )
-        if judged_by not in get_args(JudgedBy):
-            raise ValueError(
-                f"judged_by={judged_by!r} is unknown: use one of {', '.join(map(repr, get_args(JudgedBy)))}"
-            )
+        self.every_n_epochs = self.schedule.every_n_epochs
+        self.every_n_train_steps = self.schedule.every_n_train_steps
+        self.limit = Limit(min_retention, on_breach, judged_by)
+        self.min_retention, self.on_breach, self.judged_by = self.limit.min_retention, on_breach, judged_by
         self.probes = dict(probes)
-        self.judged_by = judged_by
-        self.recoverable = recoverable
-        self._recoverable = Recoverable(recoverable, self.probes)
-        self.figures = figures
+        self.figures = as_bool(figures, "figures")
         self.story = Story()
-        self.min_retention = min_retention
-        self.on_breach = on_breach
-        self.baseline: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
-        self._items: dict[str, Items] = {}
+        self._measures = Measures(self.probes, recoverable)
+        self.recoverable = self._measures.recovery.steps
         self._runs = Runs()
         self._step = 0
+
+    @property
+    def baseline(self) -> dict[str, float]:
+        """Each probe's metric before the first step."""
+        return self._measures.baseline
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -230,16 +212,17 @@ class ForgettingEval(Callback):
             self._resume(trainer)
         elif start is Start.WITHOUT_STATE:
             raise ValueError(
-                _NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=next(iter(self.probes)))
+                NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=next(iter(self.probes)))
             )
         elif start is not Start.FRESH and self.baseline:
             # fit was called once more on a module that is trained by now. A new Trainer starts a new history.
             if start is Start.AGAIN:
                 self.history = []
         elif start is not Start.FRESH or has_trained(trainer):
-            raise ValueError(_NO_BASELINE.format(source="the fit before this one", probe=next(iter(self.probes))))
+            raise ValueError(NO_BASELINE.format(source="the fit before this one", probe=next(iter(self.probes))))
         else:
-            self.baseline, self.history, self._items, self.story = {}, [], {}, Story()
+            self._measures.forget()
+            self.history, self.story = [], Story()
         self._step = trainer.global_step
         if self.history:
             # Already logged before the interruption; callbacks that monitor a metric have not seen it in this run.
@@ -247,7 +230,8 @@ class ForgettingEval(Callback):
             if self.schedule.missed_step(self.history[-1]["step"], self._step):
                 self._evaluate(trainer, pl_module, trainer.current_epoch, "step")
         else:
-            self._record(trainer, self._measure_first(trainer, pl_module), trainer.current_epoch, "start")
+            first = self._measures.begin(trainer, pl_module, self.limit)
+            self._record(trainer, first, trainer.current_epoch, "start")
         self._runs.begun(pl_module)
 
     @override
@@ -307,16 +291,8 @@ class ForgettingEval(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._runs.announced_only or not self.baseline:
             return self._runs.to_save()
-        probes = {name: probe.state_dict() for name, probe in self.probes.items()}
-        items = {name: items.state_dict() for name, items in self._items.items()}
-        return {
-            "baseline": dict(self.baseline),
-            "history": list(self.history),
-            "probes": probes,
-            "items": items,
-            "rest": dict(self._recoverable.before),
-            "losses": [list(pair) for pair in self.story.losses()],
-        }
+        losses = [list(pair) for pair in self.story.losses()]
+        return {**self._measures.state_dict(), "history": list(self.history), "losses": losses}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -326,15 +302,9 @@ class ForgettingEval(Callback):
     def _resume(self, trainer: pl.Trainer) -> None:
         saved = self._runs.state
         assert saved is not None
-        missing = [name for name in self.probes if name not in saved["baseline"]]
-        if missing:
-            raise ValueError(_NO_BASELINE.format(source=f"the checkpoint {trainer.ckpt_path}", probe=missing[0]))
-        self.baseline, self.history = dict(saved["baseline"]), list(saved["history"])
-        self._items = {name: Items.from_state(items) for name, items in saved.get("items", {}).items()}
+        self._measures.resume(saved, f"the checkpoint {trainer.ckpt_path}")
+        self.history = list(saved["history"])
         self.story = Story([(int(step), float(loss)) for step, loss in saved.get("losses", [])])
-        self._recoverable.restore(saved.get("rest", {}), f"the checkpoint {trainer.ckpt_path}")
-        for name, probe in self.probes.items():
-            probe.load_state_dict(saved.get("probes", {}).get(name, {}))
 
     def is_due(self, trainer: pl.Trainer, moment: Moment) -> bool:
         """Whether it will measure in this hook, whose turn has not come yet."""
@@ -365,9 +335,11 @@ class ForgettingEval(Callback):
             self._evaluate(trainer, module, epoch, "epoch")
 
     def _evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, moment: Moment) -> None:
-        self._record(trainer, self._measure(trainer, module), epoch, moment)
-        if self.min_retention is not None and batch_limit(trainer) is None:
-            self._guard(trainer)
+        self._record(trainer, self._measures.take(trainer, module), epoch, moment)
+        if batch_limit(trainer) is None:
+            by_epochs = self.schedule.every_n_train_steps is None
+            when = f"after epoch {epoch}" if by_epochs else f"at step {trainer.global_step}"
+            self.limit.judge(trainer, self.history[-1], self.probes, when)
 
     def _require_distinct_probes(self, trainer: pl.Trainer) -> None:
         for other in _others(trainer, self):
@@ -378,74 +350,9 @@ class ForgettingEval(Callback):
                     "figures under the same tags: give it another name in one of them"
                 )
 
-    def _measure(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> dict[str, Measurement]:
-        measured = {name: measure(trainer, module, name, probe, within) for name, probe in self.probes.items()}
-        for name, measurement in measured.items():
-            value = measurement.value
-            # An infinite perplexity is a capability that is gone; it has a retention, 0.
-            ratio = math.isfinite(value) or (
-                self.baseline and value == math.inf and not self.probes[name].higher_is_better
-            )
-            if not ratio and batch_limit(trainer) is None:
-                raise ValueError(
-                    f"the probe {name!r} returned {self.probes[name].name}={value} at step {trainer.global_step}: "
-                    + (
-                        "check its data and its step on the untrained model"
-                        if trainer.global_step == 0
-                        else "the model has probably diverged; lower the learning rate or resume from a checkpoint"
-                    )
-                )
-        return measured
-
-    def _measure_first(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Measurement]:
-        """The first evaluation of a run, which also measures the baseline if there is none yet."""
-        if self.baseline:
-            return self._measure(trainer, module)
-        for probe in self.probes.values():
-            probe.begin_baseline()
-        adapted = has_adapters(module)
-        within = partial(adapters_off, module) if adapted else nullcontext
-        base = self._measure(trainer, module, within)
-        self._recoverable.begin(trainer, module, within)
-        values = {name: measurement.value for name, measurement in base.items()}
-        if batch_limit(trainer) is None:
-            require_ratios(self.probes, values)
-            self._require_intervals(base)
-        self.baseline = values
-        self._items = {name: m.items for name, m in base.items() if m.items is not None}
-        if not adapted:
-            return base
-        now = self._measure(trainer, module)
-        for name, measurement in now.items():
-            if not math.isclose(measurement.value, values[name], rel_tol=_IDENTITY):
-                rank_zero_warn(
-                    f"the module's adapters are not the identity before the first step: the probe {name!r} has "
-                    f"{self.probes[name].name}={measurement.value:g} with them and {values[name]:g} without; the "
-                    "retention is relative to the base model without them"
-                )
-        return now
-
-    def _require_intervals(self, base: Mapping[str, Measurement]) -> None:
-        for name, measurement in base.items():
-            if self.judged_by == "retention_low" and (measurement.items is None or len(measurement.items) < 2):
-                raise ValueError(
-                    f'judged_by="retention_low" needs an interval, and the probe {name!r} has no items to draw from '
-                    "(its metric keeps neither sums nor lists, or there is a single batch that cannot be split): "
-                    'judge by "retention", or use another metric'
-                )
-
     def _record(self, trainer: pl.Trainer, measured: Mapping[str, Measurement], epoch: int, moment: Moment) -> None:
-        scalars: dict[str, float] = {}
-        retentions = []
-        for name, measurement in measured.items():
-            scalars |= figures_of(name, self.probes[name], self.baseline[name], self._items.get(name), measurement)
-            retentions.append(scalars[f"forgetting/{name}/retention"])
-        scalars |= self._recoverable.figures(trainer, trainer.lightning_module)
+        scalars = self._measures.figures(trainer, trainer.lightning_module, measured)
+        retentions = [scalars[f"forgetting/{name}/retention"] for name in measured]
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = _others(trainer, self)
         pending = [o for o in others if callbacks.index(o) > callbacks.index(self) and o.is_due(trainer, moment)]
@@ -474,25 +381,6 @@ class ForgettingEval(Callback):
         every = [self, *_others(trainer, self)]
         histories = {name: callback.history for callback in every for name in callback.probes if callback.history}
         return story_figure(histories, self.story.losses(), self.min_retention)
-
-    def _guard(self, trainer: pl.Trainer) -> None:
-        assert self.min_retention is not None
-        latest = self.history[-1]
-        judged = {name: latest.get(f"forgetting/{name}/{self.judged_by}", -math.inf) for name in self.probes}
-        lost = {name: value for name, value in judged.items() if value < self.min_retention}
-        if not lost:
-            return
-        figures = ", ".join(f"{name} {retention:.4f}" for name, retention in lost.items())
-        by_epochs = self.schedule.every_n_train_steps is None
-        when = f"after epoch {latest['epoch']}" if by_epochs else f"at step {latest['step']}"
-        message = f"{self.judged_by} fell below min_retention={self.min_retention:g} {when}: {figures}"
-        if self.on_breach == "raise":
-            raise RuntimeError(message)
-        if self.on_breach == "warn":
-            rank_zero_warn(message)
-        else:
-            rank_zero_info(f"ForgettingEval stops the training: {message}")
-            trainer.should_stop = True
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:

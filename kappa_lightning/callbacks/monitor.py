@@ -17,7 +17,7 @@ from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import log_figure, log_layout, log_scalars, publish, shows_pictures
 from kappa_lightning.callbacks.resume import Runs, Start
-from kappa_lightning.callbacks.schedule import EVERY_EPOCH, Schedule
+from kappa_lightning.callbacks.schedule import Schedule
 from kappa_lightning.callbacks.state import figures_in
 from kappa_lightning.callbacks.trainer import has_trained
 from kappa_lightning.profile import KappaProfile
@@ -88,7 +88,7 @@ class KappaMonitor(Callback):
 
     def __init__(
         self,
-        every_n_epochs: int | None = EVERY_EPOCH,
+        every_n_epochs: int | None = None,
         tensors: str | Sequence[str] = "trainable",
         figures: bool = True,
         *,
@@ -97,7 +97,8 @@ class KappaMonitor(Callback):
     ) -> None:
         super().__init__()
         self.schedule = Schedule(every_n_epochs, every_n_train_steps)
-        self.every_n_epochs, self.every_n_train_steps = self.schedule.every_n_epochs, every_n_train_steps
+        self.every_n_epochs = self.schedule.every_n_epochs
+        self.every_n_train_steps = self.schedule.every_n_train_steps
         if isinstance(tensors, str) and tensors not in ("trainable", "all"):
             raise ValueError(
                 f'tensors={tensors!r} must be "trainable", "all" or a list of globs, such as [{tensors!r}]'

@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from kappa_lightning.arguments import as_count
 from kappa_lightning.callbacks.evaluation import circumstances_of
 from kappa_lightning.callbacks.trainer import batch_limit
 from kappa_lightning.evaluation import SameOptimizer, measure_rest, require_recoverable, retention
 from kappa_lightning.probes import Probe
-from kappa_lightning.strategies import adapter_for
 
 
 class Recoverable:
@@ -30,13 +30,11 @@ class Recoverable:
     """
 
     def __init__(self, steps: int | None, probes: Mapping[str, Probe]) -> None:
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"recoverable={steps!r} must be an int of at least 1, or None")
-        self.steps = steps
+        self.steps = None if steps is None else as_count(steps, "recoverable")
         self.probes = dict(probes) if steps is not None else {}
         self.before: dict[str, float] = {}
         for name, probe in self.probes.items():
-            require_recoverable(name, probe, steps or 1)
+            require_recoverable(name, probe, self.steps or 1)
 
     def begin(
         self,
@@ -79,11 +77,6 @@ class Recoverable:
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> float:
         assert self.steps is not None
-        if adapter_for(trainer).share(trainer).lockstep:
-            raise ValueError(
-                f"recoverable={self.steps} needs whole weights on each process, and {type(trainer.strategy).__name__} "
-                "shares them out: leave it out here, or use one device or DDP"
-            )
         if learns and not trainer.optimizers:
             raise ValueError(f"recoverable={self.steps} takes steps like the module's optimizer, and it has none")
         limit = batch_limit(trainer)

@@ -5,19 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
-import yaml
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-
-class _Unless(int):
-    """A default that gives way where another one is given; otherwise the number that it is."""
-
-
-EVERY_EPOCH = _Unless(1)
-
-# A LightningCLI writes defaults to its YAML, where it is the number.
-yaml.SafeDumper.add_representer(_Unless, yaml.SafeDumper.represent_int)
+from kappa_lightning.arguments import as_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +33,10 @@ class Schedule:
     every_n_train_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.every_n_epochs, _Unless):
-            object.__setattr__(self, "every_n_epochs", None)
         for name in ("every_n_epochs", "every_n_train_steps"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be an int of at least 1")
+            if value is not None:
+                object.__setattr__(self, name, as_count(value, name))
         if self.every_n_epochs is None and self.every_n_train_steps is None:
             object.__setattr__(self, "every_n_epochs", 1)
 

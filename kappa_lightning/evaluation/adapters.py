@@ -60,8 +60,10 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
             if not layer.disable_adapters:
                 merged = list(getattr(layer, "merged_adapters", ()))
                 if merged:
-                    layer.unmerge()
+                    # Taking an update out and in again rounds.
+                    stack.callback(_put_back, [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()])
                     stack.callback(layer.merge, adapter_names=merged)
+                    layer.unmerge()
                 stack.callback(layer.enable_adapters, True)
                 layer.enable_adapters(False)
         for made in _adapting(module):
@@ -69,6 +71,11 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
             # In the instance, where it comes before that of the class.
             made.__dict__["forward"] = partial(_without_adapters, made)
         yield
+
+
+def _put_back(contents: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, content in contents:
+        parameter.data.copy_(content)
 
 
 def _require_again(required: list[tuple[nn.Parameter, bool]]) -> None:

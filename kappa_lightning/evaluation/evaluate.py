@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,6 +111,7 @@ def measure_probe(
     name: str | None = None,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     dataloader: Iterable[Any] | None = None,
+    moved: Collection[nn.Parameter] = (),
 ) -> Measurement:
     """A probe's metric on a module under what a Trainer adds, and its items; see :func:`evaluate_probe`.
 
@@ -124,14 +125,14 @@ def measure_probe(
         name: the probe's, for the notes of errors that its own code raises.
         within: makes a context around all batches, inside which what it changes in the module is put back.
         dataloader: other batches than the probe's own.
+        moved: parameters that ``within`` moves and puts back itself.
     """
     share, processes = circumstances.share, circumstances.processes
     device = circumstances.device or _device_of(module)
     batches = SharedBatches(probe.dataloader if dataloader is None else dataloader, share, limit=circumstances.limit)
     # In lockstep a process that fails leaves the others in a forward pass, where they cannot be told.
     together = Processes() if share.lockstep else processes
-    with undisturbed(module), circumstances.evaluating(), within():
-        _seed_alike(processes)
+    with undisturbed(module, moved), _seeded_alike(processes), circumstances.evaluating(), within():
         probe.metric.reset()
         probe.metric.to(device)
         recorder = ItemRecorder(probe)
@@ -191,10 +192,12 @@ def _added_up(metric: Metric, share: Share, split: bool) -> Iterator[None]:
             part.distributed_available_fn, part.process_group = available, group
 
 
-def _seed_alike(processes: Processes) -> None:
+@contextmanager
+def _seeded_alike(processes: Processes) -> Iterator[None]:
     """Give all processes the same random numbers, so that a shuffled dataloader gives them one order to share."""
     if processes.world_size > 1:
         seed = processes.broadcast(int(torch.randint(2**31, ()).item()))
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - the generator that samplers draw from
         random.seed(seed)
+    yield

@@ -17,6 +17,7 @@ from torch.utils.data import RandomSampler
 
 from kappa_lightning.evaluation.evaluate import Circumstances, Measurement, measure_probe
 from kappa_lightning.probes import Probe, known_length
+from kappa_lightning.weights.sharded import is_sharded, reshard
 
 
 def require_recoverable(name: str, probe: Probe, steps: int) -> None:
@@ -71,9 +72,10 @@ def measure_rest(
 ) -> Measurement:
     """A probe on all batches but the first ``steps``, with a step on each of these beforehand if there is an optimizer.
 
-    The steps are taken in eval mode, so without dropout, on copies of the parameters that train: the module has its own
-    parameters, gradients, buffers and random numbers afterwards, and its optimizer is never touched. Every process
-    takes the same steps.
+    The steps are taken in eval mode, so without dropout, on copies of the parameters that train or, where processes
+    share these out, on the parameters themselves, which are put back bit for bit: the module has its own parameters,
+    gradients, buffers and random numbers afterwards, and its optimizer is never touched. Every process takes the same
+    steps.
 
     Args:
         module: what is measured.
@@ -94,11 +96,15 @@ def measure_rest(
             if make_optimizer is None:
                 yield
                 return
-            with copies_train(module) as copies:
-                _learn(module, probe, circumstances, steps, make_optimizer(copies), name)
+            with move(module) as parameters:
+                _learn(module, probe, circumstances, steps, make_optimizer(parameters), name)
+                circumstances.settle()
                 yield
 
-    return measure_probe(module, probe, circumstances, name, aligned, _Rest(probe.dataloader, steps))
+    shared = any(is_sharded(parameter) for parameter in module.parameters())
+    move = themselves_train if shared else copies_train
+    moved = _training(module) if shared and make_optimizer is not None else ()
+    return measure_probe(module, probe, circumstances, name, aligned, _Rest(probe.dataloader, steps), moved)
 
 
 @contextmanager
@@ -130,6 +136,43 @@ def copies_train(module: nn.Module) -> Iterator[list[nn.Parameter]]:
     finally:
         for submodule, name, parameter in places:
             setattr(submodule, name, parameter)
+
+
+@contextmanager
+def themselves_train(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Let the parameters that train move, and put them back bit for bit, with their gradients.
+
+    FSDP2 gathers the parameters that it was given, and no others in their place.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = layer.weight.detach().clone()
+        >>> with themselves_train(layer) as parameters:
+        ...     _ = [nn.init.zeros_(parameter) for parameter in parameters]
+        >>> torch.equal(layer.weight, before)
+        True
+    """
+    reshard(module)
+    parameters = _training(module)
+    kept = [(_own_part(parameter).clone(), parameter.grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None  # FSDP2 would add to one that is there
+    try:
+        yield parameters
+    finally:
+        reshard(module)
+        for parameter, (content, gradient) in zip(parameters, kept, strict=True):
+            _own_part(parameter).copy_(content)
+            parameter.grad = gradient
+
+
+def _training(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """The memory of a parameter, or of the part of it that this process holds."""
+    return (parameter.to_local() if is_sharded(parameter) else parameter).detach()
 
 
 def _learn(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kappa_lightning.arguments import as_count
 from kappa_lightning.probes.generated import language_model
 from kappa_lightning.probes.metrics import MeanCorrect
 from kappa_lightning.probes.probe import Probe
@@ -53,8 +54,7 @@ class LMEvalProbe(Probe):
     ) -> None:
         if isinstance(tasks, str) or not tasks:
             raise ValueError(f"tasks={tasks!r} must be a list of names of tasks")
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise ValueError(f"limit={limit!r} must be an int of at least 1, or None")
+        limit = None if limit is None else as_count(limit, "limit")
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -91,8 +91,16 @@ class LMEvalProbe(Probe):
         if model is None:
             raise TypeError(f"{type(module).__name__} holds no model of transformers that generates text")
         device = next(model.parameters()).device
+        # The harness wraps each forward in an autocast of its own, which would turn that of the Trainer off.
+        precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size, device=str(device)),
+            model=HFLM(
+                pretrained=model,
+                tokenizer=self.tokenizer,
+                batch_size=self.batch_size,
+                device=str(device),
+                mixed_precision_dtype=precision,
+            ),
             tasks=list(batch),
             limit=self.limit,
             num_fewshot=self.num_fewshot,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from tiny import Spy, TinyNet, events, fit, loader, make_trainer, numpy_kappa, scalars, scripted_probe
 
-from kappa_lightning import ForgettingEval, KappaMonitor
+from kappa_lightning import ForgettingEval, KappaMonitor, TrainedOnlyCheckpoint
 
 
 def _steps(callback: ForgettingEval | KappaMonitor) -> list[tuple[int, int]]:
@@ -209,3 +212,61 @@ def test_two_equal_monitors_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has KappaMonitor\(every_n_train_steps=2, .*\) twice.*leave one out"):
         trainer.fit(TinyNet(), loader())
     assert trainer.global_step == 0
+
+
+def test_an_explicit_one_means_epochs_and_steps_and_the_default_gives_way(tmp_path: Path) -> None:
+    for make in (lambda **o: ForgettingEval({"a": scripted_probe([0.8] * 20)}, **o), KappaMonitor):
+        default, both = make(every_n_train_steps=2), make(every_n_epochs=1, every_n_train_steps=2)
+        fit(tmp_path, TinyNet(), default, max_epochs=2)
+        assert [step for _, step in _steps(default)] == [0, 2, 4, 6]
+        fit(tmp_path, TinyNet(), both, max_epochs=2)
+        assert [step for _, step in _steps(both)] == [0, 2, 3, 4, 6]
+        assert (make().every_n_epochs, default.every_n_epochs, both.every_n_epochs) == (1, None, 1)
+
+
+def test_config_of_a_lightning_cli_makes_the_same_callbacks_again(tmp_path: Path) -> None:
+    """The file that LightningCLI writes beside a run, given to the next."""
+
+    def callbacks(*arguments: str) -> tuple[list[Any], Path]:
+        saved = tmp_path / f"{len(arguments)}.yaml"
+        cli = LightningCLI(TinyNet, run=False, save_config_callback=None, args=list(arguments))
+        cli.parser.save(cli.config, saved, overwrite=True)
+        kinds = (KappaMonitor, ForgettingEval, TrainedOnlyCheckpoint)
+        made = [c for c in cli.trainer.callbacks if isinstance(c, kinds)]  # type: ignore[attr-defined]
+        return made, saved
+
+    probe = {
+        "class_path": "kappa_lightning.AccuracyProbe",
+        "init_args": {"dataloader": [[[[1.0]], [0]]]},
+    }
+    config = {
+        "trainer": {
+            "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+            "callbacks": [
+                {"class_path": "kappa_lightning.KappaMonitor", "init_args": options}
+                for options in ({}, {"every_n_train_steps": 3}, {"every_n_epochs": 1, "every_n_train_steps": 2})
+            ] + [
+                {"class_path": "kappa_lightning.ForgettingEval",
+                 "init_args": {"probes": {"old": probe}, "every_n_train_steps": 5, "min_retention": 0.9}},
+                {"class_path": "kappa_lightning.TrainedOnlyCheckpoint", "init_args": {"every_n_train_steps": 4}},
+            ],
+        }
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    first, saved = callbacks("--config", str(tmp_path / "mine.yaml"))
+    again, _ = callbacks("--config", str(saved), "--seed_everything", "1")
+    schedules = [(1, None), (None, 3), (1, 2), (None, 5), (None, 4)]
+    for made in (first, again):
+        assert [(c.schedule.every_n_epochs, c.schedule.every_n_train_steps) for c in made] == schedules
+    assert again[3].min_retention == 0.9
+    assert [repr(c) for c in again[:4]] == [repr(c) for c in first[:4]]
+
+
+def test_numbers_of_numpy_are_stored_as_pythons(tmp_path: Path) -> None:
+    callback = ForgettingEval(
+        {"a": scripted_probe([0.8] * 9)}, np.int64(2), np.float32(0.5), every_n_train_steps=np.int32(3)
+    )
+    monitor = KappaMonitor(every_n_train_steps=np.int64(3))
+    fit(tmp_path, TinyNet(), callback, monitor).save_checkpoint(tmp_path / "one.ckpt")
+    torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert repr(callback).endswith("every_n_epochs=2, every_n_train_steps=3, min_retention=0.5, on_breach='stop')")
