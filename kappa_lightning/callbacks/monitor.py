@@ -13,13 +13,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from kappa_lightning.callbacks.drift import drift, drift_charts, quantiles_by_role
+from kappa_lightning.callbacks.expert_strips import ExpertKappas, experts_that_train
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
+from kappa_lightning.callbacks.freezing import FreezeCallback
 from kappa_lightning.callbacks.progress import watching
-from kappa_lightning.callbacks.reporting import log_figure, log_layout, log_scalars, publish, shows_pictures
+from kappa_lightning.callbacks.reporting import (
+    has_folder,
+    log_figure,
+    log_layout,
+    log_scalars,
+    publish,
+    save_figure,
+    shows_pictures,
+)
 from kappa_lightning.callbacks.resume import Runs, Start
 from kappa_lightning.callbacks.schedule import Schedule
 from kappa_lightning.callbacks.state import figures_in
-from kappa_lightning.callbacks.trainer import has_trained
+from kappa_lightning.callbacks.trainer import batch_limit, callbacks_of, has_trained
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.strategies import adapter_for
@@ -50,7 +60,9 @@ class KappaMonitor(Callback):
     that drifted furthest, unless ``scalars="all"``.
 
     With ``figures`` and a logger that takes pictures, ``kappa/drift`` shows the drift over the steps, with the tensors
-    named that drifted furthest, and ``kappa/drift_map`` that of more than 40 tensors by layer and role.
+    named that drifted furthest, and ``kappa/drift_map`` that of more than 40 tensors by layer and role. Where a layer
+    has experts, ``kappa/experts`` shows the κ of each as a strip, with a dot on those that train; the last one is also
+    written as ``kappa-experts.png`` into the folder of the logger.
 
     Beside a :class:`KappaFreezeCallback` its profile serves as the figures at fit start. A frozen tensor is not
     decomposed again. The figures at fit start survive a resume. No weight is changed. With
@@ -116,6 +128,7 @@ class KappaMonitor(Callback):
         self._logged: tuple[int, set[str]] = (-1, set())
         self._step = 0
         self._settings = ProfileSettings()
+        self._experts = ExpertKappas()
         self._runs = Runs()
 
     @override
@@ -153,8 +166,11 @@ class KappaMonitor(Callback):
             assert saved is not None
             self.baseline, self.history = dict(saved["baseline"]), list(saved["history"])
             self._moved = {name for name in saved.get("moved", ()) if name in self._weights}
+            self._experts.load(saved.get("experts", {}))
         elif start is not Start.CONTINUED:
             self.baseline, self.history = {}, []
+            self._experts = ExpertKappas()
+        self._experts.watch(pl_module, self._weights)
         self._runs.begun(pl_module)
         known = _profile_at_start(trainer)
         if known is not None:
@@ -211,6 +227,8 @@ class KappaMonitor(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A callback that outlives the fit must not keep the model in memory.
         self._weights = {}
+        if self.figures and has_folder(trainer) and batch_limit(trainer) is None and not self._label(trainer):
+            self._draw_experts(trainer, to_file=True)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -246,7 +264,8 @@ class KappaMonitor(Callback):
         if self._runs.announced_only or not self.baseline:
             return self._runs.to_save()
         # What has moved since the last figure and may be frozen again by now is not told by the model.
-        return {"baseline": dict(self.baseline), "history": list(self.history), "moved": sorted(self._moved)}
+        state = {"baseline": dict(self.baseline), "history": list(self.history), "moved": sorted(self._moved)}
+        return state | ({"experts": self._experts.state()} if self._experts.fused else {})
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -284,7 +303,7 @@ class KappaMonitor(Callback):
     def _measure(
         self, trainer: pl.Trainer, weights: Mapping[str, Weight], known: KappaProfile | None = None
     ) -> dict[str, float]:
-        kappas = {name: known[name].kappa for name in weights if known is not None and name in known}
+        kappas = {} if known is None else self._experts.known(known, weights)
         pending = [weight for name, weight in weights.items() if name not in kappas]
         profile = KappaProfile.from_weights(
             pending,
@@ -293,7 +312,9 @@ class KappaMonitor(Callback):
             watch=watching(trainer),
             processes=adapter_for(trainer).processes(trainer),
         )
-        kappas |= {row.name: row.kappa for row in profile}
+        for row in profile:
+            kappas[row.name] = row.kappa
+            self._experts.note(row)
         return {name: kappas[name] for name in weights}
 
     def _record(self, trainer: pl.Trainer, kappas: Mapping[str, float], epoch: int) -> None:
@@ -320,6 +341,19 @@ class KappaMonitor(Callback):
             log_figure(trainer, f"kappa{label}/drift", drift_lines(self.baseline, self.history))
             if len(kappas) > MOST_SCALARS:
                 log_figure(trainer, f"kappa{label}/drift_map", drift_map(self.baseline, kappas))
+            self._draw_experts(trainer)
+
+    def _draw_experts(self, trainer: pl.Trainer, *, to_file: bool = False) -> None:
+        strips = self._experts.strips(self.history[-1]["kappa"]) if self.history else {}
+        if strips:
+            from kappa_lightning.callbacks.pictures import expert_strips
+
+            names = [name for freeze in callbacks_of(trainer, FreezeCallback) for name in freeze.trained_names]
+            figure = expert_strips(strips, experts_that_train(names))
+            if to_file:
+                save_figure(trainer, "kappa-experts", figure)
+            else:
+                log_figure(trainer, f"kappa{self._label(trainer)}/experts", figure)
 
     def _shown(
         self, trainer: pl.Trainer, kappas: Mapping[str, float], scalars: Mapping[str, float]

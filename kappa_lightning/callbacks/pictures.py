@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,51 @@ def drift_map(baseline: Mapping[str, float], kappas: Mapping[str, float]) -> Fig
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("log₁₀(κ now / κ at start)", fontsize=9)
     bar.ax.tick_params(labelsize=9)
+    return figure
+
+
+def expert_strips(strips: Mapping[str, Mapping[int, float]], trained: Collection[tuple[str, int]] = ()) -> Figure:
+    """κ of each expert: a strip for each layer, the strips of one projection below each other.
+
+    Args:
+        strips: for each tensor of a layer's experts the κ of each by its number.
+        trained: the strip and the number of each expert that trains, which gets a dot.
+
+    Returns:
+        A figure that is not attached to pyplot. An infinite κ is left gray.
+    """
+    panels: dict[str, list[tuple[int | None, str]]] = {}
+    for name in strips:
+        depth, role = depth_and_role(name)
+        panels.setdefault(role.removesuffix(".weight"), []).append((depth, name))
+    logs = {name: {at: math.log10(k) for at, k in s.items() if math.isfinite(k)} for name, s in strips.items()}
+    finite = [value for values in logs.values() for value in values.values()]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    heights = [0.35 + 0.11 * len(panel) for panel in panels.values()]
+    figure = Figure(figsize=(_WIDTH, 0.9 + sum(heights) + 0.25 * len(panels)), dpi=_DPI, layout="constrained")
+    every: Any = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for axes, (role, panel) in zip(every, panels.items(), strict=True):
+        panel.sort(key=lambda entry: -1 if entry[0] is None else entry[0])
+        count = 1 + max(at for _, name in panel for at in strips[name])
+        grid = np.full((len(panel), count), np.nan)
+        for row, (_, name) in enumerate(panel):
+            for at, value in logs[name].items():
+                grid[row, at] = value
+        axes.set_facecolor("0.85")
+        image = axes.imshow(grid, cmap="viridis", vmin=low, vmax=max(high, low + 1e-6), aspect="auto")
+        dots = [(at, row) for row, (_, name) in enumerate(panel) for at in strips[name] if (name, at) in trained]
+        if dots:
+            axes.scatter(*zip(*dots, strict=True), s=9, c="white", edgecolors="black", linewidths=0.6)
+        ticks = list(range(0, len(panel), max(1, len(panel) // 6)))
+        axes.set_yticks(ticks, ["–" if panel[tick][0] is None else str(panel[tick][0]) for tick in ticks], fontsize=8)
+        axes.set_ylabel("layer", fontsize=9)
+        axes.set_title(_shortened(role), fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=8)
+    every[-1].set_xlabel("expert" + (" (a dot: it trains)" if trained else ""), fontsize=10)
+    bar = figure.colorbar(image, ax=list(every), pad=0.02)
+    bar.set_label("log₁₀ κ", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     return figure
 
 
