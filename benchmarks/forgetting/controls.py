@@ -11,7 +11,8 @@
 ``depth-matched:kappa 0.25``      for every layer random matrices of it, with at most as many parameters as
                                   ``kappa 0.25`` takes there
 ``… + light anchor 10``           any method with :class:`~kappa_lightning.PretrainedAnchor` of that strength on two
-                                  sequences of 48 tokens at every step, of 24 that the model wrote itself
+                                  sequences of 48 tokens at every step, of 24 that the model wrote itself; an
+                                  image-text model on the task's batch
 ================================  ======================================================================================
 
 Every draw is of the run's seed. All other names are those of :mod:`kappa_lightning.pilot.candidates`.
@@ -31,6 +32,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 import benchmarks.forgetting.candidates  # noqa: F401 - registers its criteria
+from benchmarks.forgetting.captions import NewCaptions
 from benchmarks.forgetting.task import Task
 from kappa_lightning import KappaProfile, PretrainedAnchor
 from kappa_lightning.pilot.candidates import Candidate, candidate
@@ -67,7 +69,8 @@ def method(name: str, task: Task, seed: int, exclude: Sequence[str] = ()) -> Can
         base, strength = method(light["base"], task, seed, exclude), float(light["strength"])
 
         def anchored(module: pl.LightningModule) -> list[Callback]:
-            anchor = PretrainedAnchor("generated", strength, batches=12, batch_size=2, num_tokens=48)
+            inputs = "inputs" if isinstance(task, NewCaptions) else None
+            anchor = PretrainedAnchor("auto", strength, batches=12, batch_size=2, num_tokens=48, task_inputs=inputs)
             return [*base.build(module), anchor]
 
         return Candidate(name, anchored)
