@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -49,6 +50,20 @@ def fingerprint(tensor: Tensor) -> str:
     for value in torch.cat(sums).tolist():
         total = _signed(total * _GOLDEN + value)
     return _hexadecimal(total)
+
+
+def fingerprint_of_sources(tensors: Iterable[Tensor]) -> str:
+    """64 bits that identify what a tensor is computed from, in whatever order; never those of a single tensor.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.eye(3), torch.ones(3)
+        >>> fingerprint_of_sources([a, b]) == fingerprint_of_sources([b, a])
+        True
+        >>> fingerprint_of_sources([a]) == fingerprint(a)
+        False
+    """
+    return _hexadecimal(hash_of_text(f"computed from {' '.join(sorted(map(fingerprint, tensors)))}"))
 
 
 def hash_of_text(text: str) -> int:

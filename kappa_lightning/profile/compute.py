@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.profile.batches import batches_of_one_shape, working_bytes_of
 from kappa_lightning.profile.gpu import loaded
 from kappa_lightning.profile.journal import Journal
@@ -91,7 +90,7 @@ def _finish(
     """The rows of a batch, from the journal where it has them."""
     pending = []
     for weight, tensor in zip(batch, tensors, strict=True):
-        content = fingerprint(tensor)
+        content = weight.identifier(tensor)()
         known = journal.find(weight.name, content) if journal is not None else None
         if known is not None:
             yield known
@@ -120,13 +119,13 @@ def _finish_threaded(
     def read(weight: Weight) -> Tensor | None:
         tensor = weight.read().to(device)
         if journal is not None and weight.name in journal:
-            row = journal.find(weight.name, fingerprint(tensor))
+            row = journal.find(weight.name, weight.identifier(tensor)())
             if row is not None:
                 known.append(row)
                 return None
         return tensor
 
-    together = decompose_threaded(crew, read, decompose, fingerprint)
+    together = decompose_threaded(crew, read, decompose)
     # Closed at once, whatever ends this: until then the workers run, and the threads are not put back.
     with contextlib.closing(together):
         for done in together:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from kappa_lightning.processes import Processes
 from kappa_lightning.profile.row import KappaRow
 from kappa_lightning.weights import Weight
 from kappa_lightning.weights.sharded import Place, collect, is_sharded, place_of
+
+Kept = TypeVar("Kept")
 
 Compute = Callable[[Sequence[Weight]], Generator[KappaRow, None, None]]
 Watch = Callable[[Sequence[Weight], Iterator[KappaRow]], Iterable[KappaRow]]
@@ -106,9 +109,12 @@ def _compute_sharded(turns: Sequence[Sequence[Weight]], compute: Compute, proces
         mine: list[Weight] = []
         for owner, weight in enumerate(weights):
             tensor = _collect(weight, [place[weight.name] for place in places], owner)
+            # What it is computed from may be sharded, too.
+            sources = None if weight.sources is None else weight.sources()
             if tensor is not None and owner == processes.rank:
-                mine = [replace(weight, read=partial(_same, tensor))]
-            del tensor
+                kept = None if sources is None else partial(_same, sources)
+                mine = [replace(weight, read=partial(_same, tensor), sources=kept)]
+            del tensor, sources
         with processes.failing_together():
             rows = list(compute(mine))
         del mine
@@ -129,5 +135,5 @@ def _collect(weight: Weight, places: Sequence[Place | None], owner: int) -> Tens
     return collect(parameter, known, owner, () if weight.part is None else weight.part.index)
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _same(kept: Kept) -> Kept:
+    return kept

@@ -118,7 +118,6 @@ def decompose_threaded(
     crew: Crew,
     read: Callable[[Weight], Tensor | None],
     decompose: Callable[[Tensor], Spectrum],
-    identify: Callable[[Tensor], str],
 ) -> Generator[Decomposed | None, None, None]:
     """Decompose the parallel weights of a crew, in the order in which they are finished.
 
@@ -128,7 +127,6 @@ def decompose_threaded(
         crew: who works on what.
         read: is called in this thread, weight by weight; ``None`` if there is nothing to do for one.
         decompose: (count, rows, cols) → spectrum; is called by the workers.
-        identify: the fingerprint of a tensor; is called by the workers.
 
     Yields:
         Each weight with what was found, ``None`` for one that had nothing to do.
@@ -143,7 +141,7 @@ def decompose_threaded(
                     yield None
                     continue
                 parts = [pool.submit(decompose, part) for part in _parts(weight, tensor)]
-                work = Decomposed(weight, tensor, pool.submit(identify, tensor), parts)
+                work = Decomposed(weight, tensor, pool.submit(weight.identifier(tensor)), parts)
                 running |= dict.fromkeys([*parts, work.content], work)
                 # What stays named here would stay in memory until the next is read.
                 del tensor, parts, work

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.probes.inputs import GeneratedText, ReferenceInputs, resolve_reference
 from kappa_lightning.processes import Processes
 from kappa_lightning.restoring import modes_restored
@@ -222,5 +221,5 @@ def _row(weight: Weight, signal: float, sensitivity: float) -> SensitivityRow:
     if weight.part is None and weight.is_made:
         count = sum(parameter.numel() for parameter in weight.parameters)
     dtype = str(weight.dtype).removeprefix("torch.")
-    content = fingerprint(weight.read())
+    content = weight.fingerprint()
     return SensitivityRow(weight.name, weight.shape, signal, sensitivity, count, dtype, content)

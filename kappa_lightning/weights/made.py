@@ -28,12 +28,14 @@ class Recipe:
         attribute: its name there.
         parameters: everything that it is made from, by the first names; the first is the one that the weight goes by.
         read: makes it, without a trace in the module.
+        buffers: returns what else it is made from.
     """
 
     layer: nn.Module
     attribute: str
     parameters: Mapping[str, nn.Parameter]
     read: Callable[[], Tensor]
+    buffers: Callable[[], tuple[Tensor, ...]] = tuple
 
 
 class Recipes:
@@ -90,7 +92,8 @@ class Recipes:
         originals = {id(parameter) for parameter in stored.parameters(recurse=False)}
         # The largest original leads; what further modules of the parametrization hold, such as an A and a B, follows.
         ordered = sorted(stored.parameters(), key=lambda p: (id(p) in originals, p.numel()), reverse=True)
-        return Recipe(layer, attribute, {self._names[id(parameter)]: parameter for parameter in ordered}, read)
+        named = {self._names[id(parameter)]: parameter for parameter in ordered}
+        return Recipe(layer, attribute, named, read, lambda: tuple(stored.buffers()))
 
     def _weight_norm(self, layer: nn.Module, hook: WeightNorm) -> Recipe:
         def read() -> Tensor:
@@ -104,14 +107,16 @@ class Recipes:
             with torch.no_grad():
                 return hook.compute_weight(layer, do_power_iteration=False).detach()
 
-        return self._from(layer, hook.name, (f"{hook.name}_orig",), read)
+        buffers = (f"{hook.name}_u", f"{hook.name}_v")
+        return self._from(layer, hook.name, (f"{hook.name}_orig",), read, buffers)
 
     def _pruned(self, layer: nn.Module, hook: BasePruningMethod) -> Recipe:
         def read() -> Tensor:
             with torch.no_grad():
                 return hook.apply_mask(layer).detach()  # type: ignore[no-any-return, no-untyped-call]
 
-        return self._from(layer, hook._tensor_name, (f"{hook._tensor_name}_orig",), read)
+        mask = (f"{hook._tensor_name}_mask",)
+        return self._from(layer, hook._tensor_name, (f"{hook._tensor_name}_orig",), read, mask)
 
     def _standardized(self, layer: nn.Module, standardize: Callable[[nn.Module], Tensor]) -> Recipe:
         def read() -> Tensor:
@@ -128,11 +133,23 @@ class Recipes:
             with torch.no_grad():
                 return copy.deepcopy(getattr(layer, name))(layer.weight).detach()  # type: ignore[no-any-return]
 
-        return self._from(layer, "weight", ("weight",), read)
+        ranges = partial(_buffers_of, layer, name)
+        return Recipe(layer, "weight", {self._names[id(layer.weight)]: layer.weight}, read, ranges)  # type: ignore[dict-item]
 
-    def _from(self, layer: nn.Module, attribute: str, held: tuple[str, ...], read: Callable[[], Tensor]) -> Recipe:
-        parameters = [getattr(layer, name) for name in held]
-        return Recipe(layer, attribute, {self._names[id(parameter)]: parameter for parameter in parameters}, read)
+    def _from(
+        self,
+        layer: nn.Module,
+        attribute: str,
+        held: tuple[str, ...],
+        read: Callable[[], Tensor],
+        buffers: tuple[str, ...] = (),
+    ) -> Recipe:
+        named = {self._names[id(parameter)]: parameter for parameter in (getattr(layer, name) for name in held)}
+        return Recipe(layer, attribute, named, read, lambda: tuple(getattr(layer, name) for name in buffers))
+
+
+def _buffers_of(layer: nn.Module, name: str) -> tuple[Tensor, ...]:
+    return tuple(getattr(layer, name).buffers())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -82,9 +83,13 @@ def _made(recipe: Recipe) -> Weight | None:
             raise ValueError(_META.format(name=name))
         return whole(recipe.read())
 
+    def sources() -> tuple[Tensor, ...]:
+        return tuple(whole(tensor.detach()) for tensor in (*parameters, *recipe.buffers()))
+
     shape = tuple(effective.shape)
     view = view_for(recipe.layer, recipe.attribute, shape)
-    return Weight(name, shape, effective.dtype, read, view, parameters[0], tuple(companions), parameters)
+    made = Weight(name, shape, effective.dtype, read, view, parameters[0], tuple(companions), parameters)
+    return replace(made, sources=sources)
 
 
 _META = "{name} is on the meta device and has no values: load the model's weights first"

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from kappa_lightning.fingerprint import fingerprint, fingerprint_of_sources
 from kappa_lightning.weights.part import Part
 from kappa_lightning.weights.sharded import is_sharded
 
@@ -33,6 +34,7 @@ class Weight:
         part: which part of the parameter it is, if it is not the whole.
         parts: parameters that lie in its memory and train in its stead (:func:`kappa_lightning.parts.train_parts`).
         refusal: why a checkpoint's weight cannot be read, if it cannot.
+        sources: if reading it computes it, returns all that it is computed from, buffers such as a mask included.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Weight:
     part: Part | None = None
     parts: tuple[nn.Parameter, ...] = ()
     refusal: str | None = None
+    sources: Callable[[], tuple[Tensor, ...]] | None = None
 
     @property
     def is_stack(self) -> bool:
@@ -94,6 +97,17 @@ class Weight:
             return 1  # a lazy layer's, which will be refused when it is read
         count, rows, cols = self.stack_shape
         return count * rows * cols * min(rows, cols)
+
+    def fingerprint(self) -> str:
+        """Identifies what is stored, on every device; where reading rounds, that is all that is computed with."""
+        return self.identifier(None if self.sources is not None else self.read())()
+
+    def identifier(self, read: Tensor | None) -> Callable[[], str]:
+        """Computes :meth:`fingerprint` later, from what was read; reads what else it needs now."""
+        if self.sources is not None:
+            return partial(fingerprint_of_sources, self.sources())
+        assert read is not None
+        return partial(fingerprint, read)
 
     def matrices(self) -> Tensor:
         """The weight as the matrices that act on its inputs.

@@ -273,7 +273,7 @@ def test_a_large_weight_does_not_keep_the_others_waiting():
         return Spectrum(*[torch.ones(len(matrices))] * 6)
 
     order = []
-    for done in decompose_threaded(crew, lambda weight: weight.read().detach(), decompose, lambda tensor: "0"):
+    for done in decompose_threaded(crew, lambda weight: weight.read().detach(), decompose):
         order.append(done.weight.name)
         if len(order) == 3:
             others_done.set()

@@ -99,4 +99,9 @@ def _of(leading: Stored, others: tuple[Stored, ...], make: Callable[..., Tensor]
     # What is normalized or pruned is a layer's weight: of three dimensions, a convolution's.
     view = view or (as_convolution if len(leading.shape) > 2 else view_of(leading.shape))
     companions = tuple(plain_name(other.name) for other in others)
-    return Weight(plain_name(leading.name), leading.shape, leading.dtype or torch.float32, read, view, None, companions)
+    dtype = leading.dtype or torch.float32
+
+    def sources() -> tuple[Tensor, ...]:
+        return tuple(stored.read() for stored in (leading, *others))
+
+    return Weight(plain_name(leading.name), leading.shape, dtype, read, view, None, companions, sources=sources)
