@@ -179,7 +179,7 @@ def with_config(folder, **changes):
 HIDDEN = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 NO_MODEL = {
     "none": ({}, "no config.json beside it"),
-    "foreign": ({"some": "thing"}, "is not of transformers"),
+    "foreign": ({"some": "thing"}, "is neither of transformers nor of diffusers"),
     "unknown": ({"model_type": "no-such-model"}, "makes no model of the config.json"),
     "remote-code": (
         {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}},

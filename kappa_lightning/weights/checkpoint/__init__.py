@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 
 from kappa_lightning.weights.checkpoint.assumed import assumed_weights
-from kappa_lightning.weights.checkpoint.configured import NoModelError, configured_weights
+from kappa_lightning.weights.checkpoint.config import NoModelError
+from kappa_lightning.weights.checkpoint.configured import configured_weights
 from kappa_lightning.weights.checkpoint.files import find_source, read_files
 from kappa_lightning.weights.weight import Weight
 
@@ -19,8 +20,8 @@ __all__ = ["checkpoint_weights"]
 def checkpoint_weights(path: str | os.PathLike[str]) -> list[Weight]:
     """The matrices of a checkpoint; only names and shapes are read until a weight is asked for.
 
-    Where a ``config.json`` of transformers lies beside the checkpoint, the weights are those of the model that
-    transformers makes of it, under its names, with its layers: built without values, and with no code of the
+    Where a ``config.json`` of transformers or diffusers lies beside the checkpoint, the weights are those of the model
+    that the library makes of it, under its names, with its layers: built without values, and with no code of the
     checkpoint's. Otherwise names and shapes must tell, and a warning says what was assumed: a tensor of three
     dimensions is a stack of matrices, such as fused experts, unless its name says that it belongs to a convolution, and
     the outputs of a convolution come first, which they do not in a transposed one.
