@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -23,6 +22,7 @@ from kappa_lightning.anchoring.pull import pull_back
 from kappa_lightning.anchoring.strength import Strength, check_strength
 from kappa_lightning.callbacks.anchor_references import AnchorReferences, Source, TaskPart
 from kappa_lightning.callbacks.extra_gradient import add_gradient, will_step
+from kappa_lightning.callbacks.keyed import Keyed
 from kappa_lightning.callbacks.pretrained import PretrainedKeeper
 from kappa_lightning.callbacks.reporting import log_scalars, log_text
 from kappa_lightning.callbacks.stopwatch import Stopwatch
@@ -31,7 +31,7 @@ from kappa_lightning.strategies import adapter_for
 from kappa_lightning.weights import plain_parameters
 
 
-class PretrainedAnchor(Callback):
+class PretrainedAnchor(Keyed):
     """Add the gradient of a divergence from the pretrained model to every optimizer step.
 
     The module's own ``training_step`` stays as it is. Before a step, when the task's gradient is accumulated, reduced
@@ -200,7 +200,10 @@ class PretrainedAnchor(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            remedy = "give one of them all references"
+            self.refuse_equals(trainer, "whose divergences would have the same tags", remedy)
             adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
             self._keeper.runs.announced()
 
@@ -310,6 +313,16 @@ class PretrainedAnchor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
         self._keeper.runs.loaded(state_dict)
+
+    def __repr__(self) -> str:
+        shown = {
+            "reference": self._references.reference,
+            "strength": self.strength,
+            "max_divergence": self._strength.budget,
+            "every_n_steps": self.every_n_steps,
+        }
+        arguments = (f"{name}={value!r}" for name, value in shown.items() if value is not None)
+        return f"PretrainedAnchor({', '.join(arguments)})"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_batch": None, "_watch": Stopwatch()}

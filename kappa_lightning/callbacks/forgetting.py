@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from kappa_lightning.arguments import as_bool
 from kappa_lightning.callbacks.breach import JudgedBy, Limit, OnBreach
+from kappa_lightning.callbacks.keyed import Keyed
 from kappa_lightning.callbacks.measures import NO_BASELINE, Measures
 from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.reporting import (
@@ -39,7 +40,7 @@ from kappa_lightning.strategies import adapter_for
 Moment = Literal["start", "step", "epoch"]
 
 
-class ForgettingEval(Callback):
+class ForgettingEval(Keyed):
     """Measure retained capabilities before the first step and after every n-th epoch or optimizer step.
 
     The *retention* of a probe is its metric now over its metric before the first step, or the inverse where lower is
@@ -177,6 +178,7 @@ class ForgettingEval(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
             # Whose averaged weights are in the module while validation runs, up to its own on_validation_epoch_end.
@@ -272,7 +274,7 @@ class ForgettingEval(Callback):
 
     @property
     @override
-    def state_key(self) -> str:
+    def own_key(self) -> str:
         # By the probes, so that several in one Trainer have several; a resume with other probes looks for theirs.
         return self._generate_state_key(probes=sorted(self.probes))
 

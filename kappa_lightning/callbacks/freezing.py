@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelSummary
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from kappa_lightning.arguments import as_bool, as_globs, describe
 from kappa_lightning.callbacks.frozen import Freeze, frozen_earlier, thawed
+from kappa_lightning.callbacks.keyed import Keyed
 from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.plan import AnyProfile, Choice, Plan
 from kappa_lightning.callbacks.planner import Patterns, find_candidates, plan_of_state
@@ -30,7 +31,7 @@ from kappa_lightning.weights import Weight, check_patterns, plain_parameters
 _EMBEDDINGS = ("@embeddings",)
 
 
-class FreezeCallback(Callback, Generic[AnyProfile]):
+class FreezeCallback(Keyed, Generic[AnyProfile]):
     """Choose tensors when fit starts, train only these, and freeze all others. A base: a subclass says how to choose.
 
     A subclass defines
@@ -146,7 +147,7 @@ class FreezeCallback(Callback, Generic[AnyProfile]):
 
     @property
     @override
-    def state_key(self) -> str:
+    def own_key(self) -> str:
         """The key of the callback's state in a checkpoint; it tells those apart that train parts of one model."""
         kind = type(self).__qualname__
         given = {} if self.include == ("*",) else {"include": list(self.include)}
@@ -156,6 +157,7 @@ class FreezeCallback(Callback, Generic[AnyProfile]):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything

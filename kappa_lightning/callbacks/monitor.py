@@ -16,6 +16,7 @@ from kappa_lightning.callbacks.drift import drift, drift_charts, quantiles_by_ro
 from kappa_lightning.callbacks.expert_strips import ExpertKappas, experts_that_train
 from kappa_lightning.callbacks.freeze import KappaFreezeCallback
 from kappa_lightning.callbacks.freezing import FreezeCallback
+from kappa_lightning.callbacks.keyed import Keyed
 from kappa_lightning.callbacks.progress import watching
 from kappa_lightning.callbacks.reporting import (
     has_folder,
@@ -40,7 +41,7 @@ MOST_SCALARS = 40
 _FURTHEST = 5
 
 
-class KappaMonitor(Callback):
+class KappaMonitor(Keyed):
     """Log the condition number κ of tensors at fit start and after every n-th epoch or optimizer step, and its drift.
 
     Logged at the trainer's global step, to every logger, and visible to ``ModelCheckpoint`` and ``EarlyStopping``:
@@ -52,8 +53,7 @@ class KappaMonitor(Callback):
 
     Several in one Trainer share the tags of tensors that more than one of them watches; the median and the extremes of
     one that watches others than the first in the list have its ``tensors`` in their tags, as ``kappa/all/median``.
-    Two with the same ``tensors`` and schedule would be one and the same: Lightning refuses them when the Trainer is
-    made ("more than one stateful callback"), and the monitor itself those that are added later.
+    Two with the same ``tensors`` and schedule would be one and the same, and are refused.
 
     Of more than 40 tensors only a CSV file and ``history`` hold all. Other loggers get quantiles by role
     (``kappa/by_role/<role>/p10``, ``p50``, ``p90``, and the same of ``kappa_drift``) and the scalars of the tensors
@@ -133,13 +133,11 @@ class KappaMonitor(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
-            if any(other.state_key == self.state_key for other in self._others(trainer)):
-                raise ValueError(
-                    f"this Trainer has {self!r} twice, which would measure and log the same: leave one out, or give "
-                    "it other tensors, every_n_epochs or every_n_train_steps"
-                )
+            remedy = "give it other tensors, every_n_epochs or every_n_train_steps"
+            self.refuse_equals(trainer, "which would measure and log the same", remedy)
             self._runs.announced()
 
     @override
@@ -242,7 +240,7 @@ class KappaMonitor(Callback):
 
     @property
     @override
-    def state_key(self) -> str:
+    def own_key(self) -> str:
         # The arguments, so that several in one Trainer have several; a resume with others looks for its tensors.
         return self._generate_state_key(
             tensors=self.tensors,

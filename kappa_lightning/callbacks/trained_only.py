@@ -10,11 +10,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from kappa_lightning.callbacks.keyed import Keyed
 from kappa_lightning.callbacks.resume import Runs, Start
 from kappa_lightning.callbacks.schedule import Schedule
 from kappa_lightning.callbacks.trainer import has_trained
@@ -26,7 +26,7 @@ from kappa_lightning.weights.sharded import whole
 FORMAT = "kappa-lightning trained tensors"
 
 
-class TrainedOnlyCheckpoint(Callback):
+class TrainedOnlyCheckpoint(Keyed):
     """Write only the tensors that train to disk, as safetensors, with the fingerprint of the base that they belong to.
 
     Where a fifth of a model trains, a file is a fifth as large as the model and has no optimizer states. It holds the
@@ -72,14 +72,23 @@ class TrainedOnlyCheckpoint(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            self.refuse_equals(trainer, "which would write the same files", "give it another dirpath or filename")
             self._runs.announced()
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        # Called before load_state_dict, and also if the checkpoint has no state of this callback.
         self._runs.opened(checkpoint)
+        states = checkpoint.get("callbacks") or {}
+        kind = type(self).__qualname__
+        others = [state for key, state in states.items() if str(key).partition("{")[0] == kind]
+        if self.own_key not in states and others:
+            # Of other arguments, which kept files of its own of the same base.
+            self._runs.loaded({**others[0], "best_score": None, "last_path": None})
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,8 +135,26 @@ class TrainedOnlyCheckpoint(Callback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(filename=self.filename, monitor=self.monitor, mode=self.mode)
+    def own_key(self) -> str:
+        return self._generate_state_key(
+            dirpath=None if self.dirpath is None else str(self.dirpath),
+            filename=self.filename,
+            every_n_epochs=self.schedule.every_n_epochs,
+            every_n_train_steps=self.schedule.every_n_train_steps,
+            monitor=self.monitor,
+            mode=self.mode,
+        )
+
+    def __repr__(self) -> str:
+        shown = {
+            "dirpath": None if self.dirpath is None else str(self.dirpath),
+            "filename": self.filename,
+            "every_n_epochs": self.schedule.every_n_epochs,
+            "every_n_train_steps": self.schedule.every_n_train_steps,
+            "monitor": self.monitor,
+        }
+        arguments = (f"{name}={value!r}" for name, value in shown.items() if value is not None)
+        return f"TrainedOnlyCheckpoint({', '.join(arguments)})"
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -138,7 +165,7 @@ class TrainedOnlyCheckpoint(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._runs.loaded(state_dict)
+        self._runs.loaded(state_dict or self._runs.state or {})
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
         score = None

@@ -19,6 +19,7 @@ from kappa_lightning.anchoring.path import Along, WalkPath, walked
 from kappa_lightning.anchoring.table import walk_table
 from kappa_lightning.callbacks.evaluation import evaluate
 from kappa_lightning.callbacks.forgetting import ForgettingEval
+from kappa_lightning.callbacks.keyed import Keyed
 from kappa_lightning.callbacks.pretrained import PretrainedKeeper
 from kappa_lightning.callbacks.progress import track
 from kappa_lightning.callbacks.reporting import log_figure, log_scalars, shows_pictures
@@ -28,7 +29,7 @@ from kappa_lightning.strategies import adapter_for
 from kappa_lightning.weights.patterns import check_patterns
 
 
-class WalkBack(Callback):
+class WalkBack(Keyed):
     """Look along the way from the pretrained weights to the trained ones, and stay at the best point.
 
     When training has ended, the module's weights are set to points θ₀ + α(θ₁ − θ₀) between what trained as it was and
@@ -147,8 +148,10 @@ class WalkBack(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self.refuse_equals(trainer, "and one fit ends at one point", "give one of them all probes")
         adapter_for(trainer)  # which refuses a strategy before it has moved or wrapped anything
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         behind = callbacks[callbacks.index(self) + 1 :]
@@ -227,6 +230,17 @@ class WalkBack(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning calls this for validate, test and predict, too; only a fit takes it over.
         self._keeper.runs.loaded(state_dict)
+
+    def __repr__(self) -> str:
+        shown = {
+            "min_retention": self.goal.min_retention,
+            "monitor": self.monitor,
+            "probes": self.probes,
+            "along": self.along,
+            "points": self.points,
+            "every_n_epochs": self.every_n_epochs,
+        }
+        return f"WalkBack({', '.join(f'{name}={value!r}' for name, value in shown.items() if value is not None)})"
 
     def __getstate__(self) -> dict[str, Any]:
         # What refers to one process' objects stays out of a copy and of what a spawned process gets.
