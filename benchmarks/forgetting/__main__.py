@@ -20,7 +20,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.forgetting",
         description="Fine-tune with several methods and compare what they forget at equal held-out loss of the new "
         "task. Every finished run is kept, so that the same command goes on after an interruption. Writes "
-        "<name>-runs.csv with every point of every run and, from that file alone, <name>.md and <name>.png.",
+        "<name>-runs.csv with every point of every run and, from that file alone, <name>.md and <name>.png. What is in "
+        "that file already is not run again.",
     )
     parser.add_argument("protocol", type=Path, metavar="PROTOCOL", help="TOML file; see protocol.py beside this")
     parser.add_argument("--runs", type=Path, help="where runs are kept (default: runs/forgetting/<task>)")
@@ -53,7 +54,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison and print its page; 130 if interrupted."""
     args = parse(argv)
-    whole: Protocol = args.read
+    given = dict(option.split("=", 1) for option in args.option)
+    whole: Protocol = replace(args.read, options={**args.read.options, **given})
     csv = args.report / f"{args.protocol.stem}-runs.csv"
     if not args.page:
         methods = tuple(name for name in whole.methods if args.methods is None or name in args.methods)
@@ -63,10 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             starts={name: step for name, step in whole.starts.items() if name in methods},
             primary=whole.primary if args.methods is None else (),
             secondary=whole.secondary if args.methods is None else (),
-            options={**whole.options, **dict(option.split("=", 1) for option in args.option)},
         )
         try:
-            compare(wanted, executing(wanted, args.runs), seeds=args.seeds)
+            finished = read_runs(csv, whole.mark()) if csv.is_file() else []
+        except ValueError as error:
+            print(f"{error}: move it away, or write elsewhere with --report", file=sys.stderr)
+            return 1
+        try:
+            compare(wanted, executing(wanted, args.runs, finished), seeds=args.seeds)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from there", file=sys.stderr)
             return 130

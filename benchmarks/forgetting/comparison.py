@@ -93,9 +93,18 @@ def rate_so_far(runs: Mapping[int, Run], level: float) -> int | None:
     return slowest({step: lowest_loss(run.path) for step, run in runs.items()}, level)
 
 
-def executing(protocol: Protocol, folder: Path) -> Execute:
-    """Make what is not kept yet, one run after another; every finished run is kept as a file and said in a line."""
-    journal = Journal(folder / "runs", _settings(protocol))
+def executing(protocol: Protocol, folder: Path, finished: Iterable[Run] = ()) -> Execute:
+    """Make what is not kept yet, one run after another; every finished run is kept as a file and said in a line.
+
+    Args:
+        protocol: what is compared.
+        folder: where runs are kept.
+        finished: runs of the same settings that were made elsewhere.
+    """
+    journal = Journal(folder / "runs", protocol.settings())
+    for run in finished:
+        if journal.find(run.spec) is None:
+            journal.add(run)
     console = Console(stderr=True)
     task = TASKS[protocol.task](**protocol.options)
     setup = setup_of(protocol, task, folder)
@@ -163,12 +172,3 @@ def setup_of(protocol: Protocol, task: Task, folder: Path) -> Setup:
         always_train=task.new,
         trainer={"accelerator": "cpu", **protocol.trainer},
     )
-
-
-def _settings(protocol: Protocol) -> dict[str, Any]:
-    """What every run depends on; which methods, seeds and contrasts there are may grow."""
-    names = ("task", "lr", "steps", "evaluations", "blends", "exclude", "trainer", "options")
-    settings = {name: getattr(protocol, name) for name in names}
-    # Paths differ from machine to machine.
-    settings["options"] = {k: v for k, v in protocol.options.items() if k not in ("problems", "text", "sts")}
-    return settings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -96,6 +98,19 @@ class Protocol:
         if unknown or missing:
             raise ValueError(f"{file}: unknown entries: {unknown}; missing entries: {missing}")
         return cls(**{key: _frozen(value) for key, value in entries.items()})
+
+    def settings(self) -> dict[str, Any]:
+        """What every run depends on; which methods, seeds and contrasts there are may grow."""
+        names = ("task", "lr", "steps", "evaluations", "blends", "exclude", "trainer", "options")
+        settings = {name: getattr(self, name) for name in names}
+        # Paths differ from machine to machine.
+        settings["options"] = {k: v for k, v in self.options.items() if k not in ("problems", "text", "sts")}
+        return settings
+
+    def mark(self) -> str:
+        """Eight hexadecimal digits that tell runs of other settings."""
+        text = json.dumps(self.settings(), sort_keys=True, default=dict)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _frozen(value: Any) -> Any:

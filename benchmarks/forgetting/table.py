@@ -31,11 +31,18 @@ def write_runs(runs: Iterable[Run], protocol: Protocol, file: Path) -> None:
     probes = sorted({name for run in chosen for name in run.metrics})
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    columns = ["rate", "trainable", "total", "seconds", "way", "position", "loss"]
+    columns = ["settings", "rate", "trainable", "total", "seconds", "way", "position", "loss"]
     writer.writerow([*_SPEC, *columns, *(f"{_KEPT}{name}" for name in probes), *(f"{_FIRST}{name}" for name in probes)])
     for run in chosen:
         spec = run.spec
-        head = [spec.candidate, spec.step, spec.seed, f"{protocol.lr * factor_of(spec.step):.4g}", run.trainable]
+        head = [
+            spec.candidate,
+            spec.step,
+            spec.seed,
+            protocol.mark(),
+            f"{protocol.lr * factor_of(spec.step):.4g}",
+            run.trainable,
+        ]
         head += [run.total, f"{run.seconds:.0f}"]
         for way, points in (("path", run.path), ("line", run.line)):
             for point in points:
@@ -45,12 +52,16 @@ def write_runs(runs: Iterable[Run], protocol: Protocol, file: Path) -> None:
     write_text(file, stream.getvalue())
 
 
-def read_runs(file: Path) -> list[Run]:
+def read_runs(file: Path, mark: str | None = None) -> list[Run]:
     """The runs of a file that :func:`write_runs` wrote, with the digits that are there.
+
+    Args:
+        file: the CSV.
+        mark: the settings that they must be of (:meth:`~benchmarks.forgetting.protocol.Protocol.mark`).
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if a column is missing.
+        ValueError: if a run is of other settings.
     """
     with file.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -58,6 +69,8 @@ def read_runs(file: Path) -> list[Run]:
     for (name, step, seed), group in groupby(rows, key=lambda row: tuple(row[column] for column in _SPEC)):
         lines = list(group)
         first = lines[0]
+        if mark is not None and first.get("settings") != mark:
+            raise ValueError(f"{file} holds runs of other settings than the protocol's")
         metrics = {key.removeprefix(_FIRST): float(value) for key, value in first.items() if key.startswith(_FIRST)}
         ways: dict[str, list[Point]] = {"path": [], "line": []}
         for row in lines:

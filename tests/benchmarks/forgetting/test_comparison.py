@@ -191,6 +191,22 @@ def test_command_runs_and_writes_the_page_from_the_file_alone(tmp_path, monkeypa
     assert "| full |" in page
     assert main([*options, "--page"]) == 0
     assert capsys.readouterr().out == page
+    # On another machine, where only the file is, nothing is run again; runs of other settings are not written over.
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("benchmarks.forgetting.comparison.run_trial", _refuse)
+        options[2] = str(tmp_path / "elsewhere")
+        assert main(options) == 0
+        assert capsys.readouterr().out == page
+        config.write_text(config.read_text().replace("steps = 4", "steps = 5"))
+        options[2] = str(tmp_path / "other")
+        before = (tmp_path / "small-runs.csv").read_bytes()
+        assert main(options) == 1
+        assert "small-runs.csv holds runs of other settings" in capsys.readouterr().err
+        assert (tmp_path / "small-runs.csv").read_bytes() == before
     with pytest.raises(SystemExit):
         parse([str(config), "--methods", "kappa 0.3"])
     assert "has no 'kappa 0.3'" in capsys.readouterr().err
+
+
+def _refuse(setup, spec, candidate):
+    raise RuntimeError(f"would run {spec.candidate}")
