@@ -80,12 +80,12 @@ class ForgettingEval(Keyed):
     What is lost may only be out of line: features that are still there, and a last layer that no longer uses them
     (Zheng et al., *Spurious Forgetting in Continual Learning of Language Models*, arXiv 2501.13453). With
     ``recoverable=k`` each evaluation takes k steps on copies of the parameters that train (under FSDP2 and tensor
-    parallelism on these themselves, which are then put back from a copy, bit for bit), one on each of the probe's
-    first k batches, in eval mode, with an optimizer of the kind, the settings and the initial rate of the module's
-    first one, and measures the probe's other batches again. What comes back was never lost. The figure before the
-    first step tells what such steps do to a model that has lost nothing. The run itself goes on bit for bit as without.
-    It costs k forward and backward passes and a second pass over the probe for each evaluation, and the memory of
-    another copy of what trains with its gradients and its optimizer's state.
+    parallelism, and of single experts or heads, on these themselves, which are then put back bit for bit), one on each
+    of the probe's first k batches, in eval mode, with optimizers of the kinds, the settings and the initial rates of
+    the module's own, and measures the probe's other batches again. What comes back was never lost. The figure before
+    the first step tells what such steps do to a model that has lost nothing. The run itself goes on bit for bit as
+    without. It costs k forward and backward passes and a second pass over the probe for each evaluation, and the memory
+    of another copy of what trains with its gradients and its optimizer's state.
 
     The baseline survives a resume and a second fit of the same module, and is never measured on trained weights. With
     ``fast_dev_run`` each probe reads as many batches as the other loops, and its figures are not judged.

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from kappa_lightning.arguments import as_count
 from kappa_lightning.callbacks.evaluation import circumstances_of
 from kappa_lightning.callbacks.trainer import batch_limit
-from kappa_lightning.evaluation import SameOptimizer, measure_rest, require_recoverable, retention
+from kappa_lightning.evaluation import SameOptimizers, measure_rest, require_recoverable, retention
 from kappa_lightning.probes import Probe
 
 
@@ -82,5 +82,5 @@ class Recoverable:
         limit = batch_limit(trainer)
         steps = self.steps if limit is None else min(self.steps, limit)
         circumstances = circumstances_of(trainer, module, name)
-        make_optimizer = SameOptimizer(trainer.optimizers[0]) if learns else None
-        return measure_rest(module, self.probes[name], circumstances, steps, make_optimizer, name, within).value
+        make_optimizers = SameOptimizers(trainer.optimizers) if learns else None
+        return measure_rest(module, self.probes[name], circumstances, steps, make_optimizers, name, within).value

@@ -11,14 +11,14 @@ from kappa_lightning.evaluation.evaluate import (
 )
 from kappa_lightning.evaluation.intervals import retention, retention_interval
 from kappa_lightning.evaluation.items import Items
-from kappa_lightning.evaluation.recovery import SameOptimizer, measure_rest, require_recoverable
+from kappa_lightning.evaluation.recovery import SameOptimizers, measure_rest, require_recoverable
 from kappa_lightning.evaluation.trace import undisturbed
 
 __all__ = [
     "Circumstances",
     "Items",
     "Measurement",
-    "SameOptimizer",
+    "SameOptimizers",
     "Share",
     "SharedBatches",
     "adapters_off",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import RandomSampler
 
 from kappa_lightning.evaluation.evaluate import Circumstances, Measurement, measure_probe
+from kappa_lightning.parts import divided, store_parts
 from kappa_lightning.probes import Probe, known_length
 from kappa_lightning.weights.sharded import is_sharded, reshard
 
@@ -45,20 +46,33 @@ def require_recoverable(name: str, probe: Probe, steps: int) -> None:
         )
 
 
+Moving = tuple[nn.Parameter, nn.Parameter]
+"""A parameter, and what moves in its place."""
+
+
 @dataclass(frozen=True)
-class SameOptimizer:
-    """Makes optimizers of the kind and with the settings of another, in a fresh state, at its initial rate."""
+class SameOptimizers:
+    """Makes optimizers of the kinds and with the settings of others, in a fresh state, at their initial rates."""
 
-    optimizer: Optimizer
+    optimizers: Sequence[Optimizer]
 
-    def __call__(self, parameters: list[nn.Parameter]) -> Optimizer:
-        """One for other parameters, all in a single group."""
-        kind = type(self.optimizer)
-        taken = inspect.signature(kind).parameters
-        settings = {key: value for key, value in self.optimizer.defaults.items() if key in taken}
-        # A scheduler notes the rate that it started from; by now it may have taken the rate to zero.
-        rates = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
-        return kind(parameters, **settings | {"lr": max(rates)})
+    def __call__(self, moving: Sequence[Moving]) -> list[Optimizer]:
+        """One for each that has any of the parameters, for what moves in their place, all in a single group."""
+        made = []
+        for optimizer in self.optimizers:
+            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            places = [place for parameter, place in moving if id(parameter) in own]
+            if not places:
+                continue
+            kind = type(optimizer)
+            taken = inspect.signature(kind).parameters
+            settings = {key: value for key, value in optimizer.defaults.items() if key in taken}
+            # A scheduler notes the rate that it started from; by now it may have taken the rate to zero.
+            rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+            made.append(kind(places, **settings | {"lr": max(rates)}))
+        if not made:
+            raise ValueError("recoverable takes steps like the optimizers, and none of them has anything that trains")
+        return made
 
 
 def measure_rest(
@@ -66,23 +80,23 @@ def measure_rest(
     probe: Probe,
     circumstances: Circumstances,
     steps: int,
-    make_optimizer: Callable[[list[nn.Parameter]], Optimizer] | None,
+    make_optimizers: Callable[[Sequence[Moving]], Sequence[Optimizer]] | None,
     name: str,
     within: Callable[[], Any],
 ) -> Measurement:
     """A probe on all batches but the first ``steps``, with a step on each of these beforehand if there is an optimizer.
 
     The steps are taken in eval mode, so without dropout, on copies of the parameters that train or, where processes
-    share these out, on the parameters themselves, which are put back bit for bit: the module has its own parameters,
-    gradients, buffers and random numbers afterwards, and its optimizer is never touched. Every process takes the same
-    steps.
+    share these out or they are parts of others, on the parameters themselves, which are put back bit for bit: the
+    module has its own parameters, gradients, buffers and random numbers afterwards, and its optimizers are never
+    touched. Every process takes the same steps.
 
     Args:
         module: what is measured.
         probe: how; its :meth:`~kappa_lightning.Probe.loss_of` is what the steps go down.
         circumstances: what a Trainer adds.
         steps: how many.
-        make_optimizer: makes an optimizer of some parameters; without one no step is taken.
+        make_optimizers: makes optimizers of what moves; without it no step is taken.
         name: the probe's, for errors.
         within: makes a context around all batches.
 
@@ -93,28 +107,29 @@ def measure_rest(
     @contextmanager
     def aligned() -> Iterator[None]:
         with within():
-            if make_optimizer is None:
+            if make_optimizers is None:
                 yield
                 return
-            with move(module) as parameters:
-                _learn(module, probe, circumstances, steps, make_optimizer(parameters), name)
+            with move(module) as moving:
+                _learn(module, probe, circumstances, steps, make_optimizers(moving), name)
                 circumstances.settle()
                 yield
 
-    shared = any(is_sharded(parameter) for parameter in module.parameters())
-    move = themselves_train if shared else copies_train
-    moved = _training(module) if shared and make_optimizer is not None else ()
+    parts = divided(module)
+    themselves = bool(parts) or any(is_sharded(parameter) for parameter in module.parameters())
+    move = themselves_train if themselves else copies_train
+    moved = [*_training(module), *parts] if themselves and make_optimizers is not None else ()
     return measure_probe(module, probe, circumstances, name, aligned, _Rest(probe.dataloader, steps), moved)
 
 
 @contextmanager
-def copies_train(module: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Let copies take the place of the parameters that train.
+def copies_train(module: nn.Module) -> Iterator[list[Moving]]:
+    """Let copies take the place of the parameters that train; yields each parameter with its copy.
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> with copies_train(layer) as copies:
-        ...     _ = [nn.init.zeros_(copy) for copy in copies]
+        >>> with copies_train(layer) as moving:
+        ...     _ = [nn.init.zeros_(copy) for _, copy in moving]
         ...     layer(torch.ones(2)).tolist()
         [0.0, 0.0]
         >>> bool((layer.weight == 0).any())
@@ -132,23 +147,23 @@ def copies_train(module: nn.Module) -> Iterator[list[nn.Parameter]]:
         for submodule, name, parameter in places:
             # Not in _parameters, as recurrent layers keep a list of their weights beside it.
             setattr(submodule, name, copies[id(parameter)])
-        yield list(copies.values())
+        yield list({id(parameter): (parameter, copies[id(parameter)]) for _, _, parameter in places}.values())
     finally:
         for submodule, name, parameter in places:
             setattr(submodule, name, parameter)
 
 
 @contextmanager
-def themselves_train(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+def themselves_train(module: nn.Module) -> Iterator[list[Moving]]:
     """Let the parameters that train move, and put them back bit for bit, with their gradients.
 
-    FSDP2 gathers the parameters that it was given, and no others in their place.
+    FSDP2 gathers the parameters that it was given, and no others in their place, and a part lies in its whole's memory.
 
     Example:
         >>> layer = nn.Linear(2, 2)
         >>> before = layer.weight.detach().clone()
-        >>> with themselves_train(layer) as parameters:
-        ...     _ = [nn.init.zeros_(parameter) for parameter in parameters]
+        >>> with themselves_train(layer) as moving:
+        ...     _ = [nn.init.zeros_(parameter) for parameter, _ in moving]
         >>> torch.equal(layer.weight, before)
         True
     """
@@ -158,12 +173,13 @@ def themselves_train(module: nn.Module) -> Iterator[list[nn.Parameter]]:
     for parameter in parameters:
         parameter.grad = None  # FSDP2 would add to one that is there
     try:
-        yield parameters
+        yield [(parameter, parameter) for parameter in parameters]
     finally:
         reshard(module)
         for parameter, (content, gradient) in zip(parameters, kept, strict=True):
             _own_part(parameter).copy_(content)
             parameter.grad = gradient
+        store_parts(module)
 
 
 def _training(module: nn.Module) -> list[nn.Parameter]:
@@ -176,7 +192,12 @@ def _own_part(parameter: nn.Parameter) -> Tensor:
 
 
 def _learn(
-    module: nn.Module, probe: Probe, circumstances: Circumstances, steps: int, optimizer: Optimizer, name: str
+    module: nn.Module,
+    probe: Probe,
+    circumstances: Circumstances,
+    steps: int,
+    optimizers: Sequence[Optimizer],
+    name: str,
 ) -> None:
     device = circumstances.device or next(module.parameters()).device
     taken = 0
@@ -184,7 +205,8 @@ def _learn(
         batch = move_data_to_device(probe.prepare(batch, circumstances.convert), device)
 
         def closure(batch: Any = batch) -> Tensor:
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             with circumstances.precision():
                 loss = probe.loss_of(module, batch)
             if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
@@ -196,7 +218,9 @@ def _learn(
             return loss
 
         with torch.enable_grad():
-            optimizer.step(closure)  # type: ignore[arg-type]
+            for optimizer in optimizers:
+                optimizer.step(closure)  # type: ignore[arg-type]
+        store_parts(module)
         taken += 1
     if taken < steps:
         raise ValueError(f"recoverable={steps} needs more batches than that, and the probe {name!r} gave {taken}")

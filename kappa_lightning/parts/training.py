@@ -140,6 +140,11 @@ def store_parts(module: nn.Module) -> None:
             _hold(layer).store()
 
 
+def divided(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the layers in which parts train, wholes and parts."""
+    return [p for layer in module.modules() if _HELD in layer.__dict__ for p in layer.parameters(recurse=False)]
+
+
 def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """The layer and the attribute behind every name, those of tied parameters and of compiled modules included."""
     owners = {}

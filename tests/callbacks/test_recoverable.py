@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
-from kappa_lightning import AccuracyProbe, AgreementProbe, ForgettingEval, PerplexityProbe, Probe
+from kappa_lightning import AccuracyProbe, AgreementProbe, ForgettingEval, KappaFreezeCallback, PerplexityProbe, Probe
 
 CLASSES = 4
 
@@ -211,3 +211,64 @@ def test_loss_without_a_gradient_is_named_and_nothing_changes(tmp_path: Path) ->
         fit(tmp_path, module, ForgettingEval({"old": probe}, recoverable=1))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(value is parameters[name] for name, value in module.named_parameters())
+
+
+class _Experts(Classifier):
+    """A head of fused experts, of which single ones train."""
+
+    def __init__(self) -> None:
+        super().__init__("out of line")
+        self.experts = nn.Module()
+        self.experts.down_proj = nn.Parameter(0.1 * torch.randn(2, CLASSES, CLASSES))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) + torch.einsum("bi,eij->bj", inputs, self.experts.down_proj)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.experts.down_proj + 10 * torch.eye(CLASSES)).square().sum()
+
+
+def test_single_experts_take_the_steps_and_are_put_back(tmp_path: Path) -> None:
+    def run(recoverable: int | None) -> tuple[ForgettingEval, Tensor]:
+        torch.manual_seed(3)
+        module = _Experts()
+        callback = ForgettingEval({"old": AccuracyProbe(_batches())}, every_n_train_steps=40, recoverable=recoverable)
+        freeze = KappaFreezeCallback(num_tensors=1, experts="each", include=["experts*"])
+        make_trainer(tmp_path, freeze, callback, max_epochs=1).fit(
+            module, DataLoader(TensorDataset(torch.zeros(40, 1)), 1)
+        )
+        return callback, module.experts.down_proj.detach().clone()
+
+    (beside, weights), (_, without) = run(6), run(None)
+    assert torch.equal(weights, without)
+    last = beside.history[-1]
+    assert last["forgetting/old/retention"] < 0.9
+    assert last["forgetting/old/recoverable"] > last["forgetting/old/retention"] + 0.05
+
+
+def test_each_optimizer_steps_its_own_parameters(tmp_path: Path) -> None:
+    """Muon takes matrices alone, so what the other optimizer has must go to one like that."""
+
+    class Two(Classifier):
+        def __init__(self) -> None:
+            super().__init__("out of line")
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            matrices = [p for p in self.parameters() if p.ndim == 2]
+            vectors = [p for p in self.parameters() if p.ndim != 2]
+            return torch.optim.Muon(matrices, lr=1e-4), torch.optim.Adam(vectors, lr=0.5)
+
+    callback = ForgettingEval({"old": AccuracyProbe(_batches(24))}, recoverable=16)
+    data = DataLoader(TensorDataset(torch.randn(40, CLASSES), torch.zeros(40).long()), 1)
+    make_trainer(tmp_path, callback, max_epochs=1).fit(Two(), data)
+    last = callback.history[-1]
+    assert last["forgetting/old/retention"] < 0.5
+    assert last["forgetting/old/recoverable"] > 0.95

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from torch.utils.data import DataLoader
 from torchmetrics.text import CharErrorRate
 from words import WORDS, model, tokenizer
 
-from kappa_lightning import GenerationProbe, LMEvalProbe
+from kappa_lightning import ForgettingEval, GenerationProbe, LMEvalProbe
 from kappa_lightning.evaluation import Circumstances, measure_probe
 from kappa_lightning.probes.metrics import RougeL
 
@@ -128,3 +130,38 @@ def test_lm_eval_tasks_that_are_not_there_are_refused(tasks: Path) -> None:
     probe = LMEvalProbe(["tiny_choice"], tokenizer=tokenizer(), metric="bleu", include_path=tasks)
     with pytest.raises(ValueError, match=r"no number 'bleu' .*\['acc'\]"):
         measure_probe(model(), probe, Circumstances())
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_lm_eval_runs_under_the_trainers_precision(
+    tasks: Path, tmp_path: Path, precision: Any, kept: torch.dtype
+) -> None:
+    class Holder(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model()
+            self.model.lm_head.register_forward_hook(lambda layer, inputs, output: note(output))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.model(batch).logits.float().square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+    # In a file, since an evaluation puts back what hooks collect.
+    seen = tmp_path / "seen"
+
+    def note(output: torch.Tensor) -> None:
+        if not torch.is_grad_enabled():
+            with seen.open("a") as file:
+                print(output.dtype, file=file)
+
+    probe = LMEvalProbe(["tiny_choice"], tokenizer=tokenizer(), limit=5, include_path=tasks, chance=1e-9)
+    callback = ForgettingEval({"tasks": probe})
+    trainer = pl.Trainer(
+        precision=precision, callbacks=[callback], max_steps=1, accelerator="cpu", logger=False,
+        default_root_dir=tmp_path, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Holder(), DataLoader(torch.ones(2, 3, dtype=torch.long)))
+    assert len(callback.history) == 2
+    assert set(seen.read_text().split()) == {str(kept)}
