@@ -16,26 +16,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.spectra import weight
-from kappa_lightning.spectra import certificate, factors, ladder, lanczos, memory, rotation, rungs, spectrum
+from benchmarks.spectra.weights import weight
+from kappa_lightning.spectra import (
+    certificate,
+    deflation,
+    dense,
+    factors,
+    few_columns,
+    ladder,
+    lanczos,
+    memory,
+    rotation,
+    rungs,
+    spectrum,
+)
 
 SHAPES = [(256, 256), (1536, 384), (512, 512), (1024, 1024), (1024, 4096)]
-RUNGS = ("eig64", "gram32", "gram64", "lu64", "qr64")
+RUNGS = ("deflate64", "eig64", "gram32", "gram64", "lu64", "qr64")
 CONSTANTS: dict[str, tuple[ModuleType, Sequence[Any]]] = {
     "LANCZOS_FROM": (ladder, ({"cpu": 256}, {"cpu": 640})),
     "EIGEN_FROM": (ladder, (128, 400)),
     "EIGEN_BELOW": (ladder, (448, 1280)),
     "ROWS": (memory, ({"cpu": 128}, {"cpu": 2048})),
+    "DEFLATE_FROM": (ladder, (256, 544)),
+    "DEFLATE_BELOW": (ladder, (448, 1280)),
     "FACTOR_SHARE": (rungs, (0.4, 0.8)),
     "GOOD_FACTOR": (rungs, (0.3, 0.59)),
     "TOP_SHARE": (rungs, (0.5, 0.97)),
     "EASY_TOP": (rungs, (0.25, 1.0)),
-    "VERY_TALL": (rungs, (1.0, 3.0)),
+    "VERY_TALL": (dense, (1.0, 3.0)),
+    "REFINED_SHARE": (rungs, (0.0, 0.4)),
     "PATIENCE": (lanczos, (0.4, 1.0)),
     "WORTH_MEASURING": (lanczos, (0.6, 0.95)),
+    "MEASUREMENTS": (lanczos, (1, 6)),
     "GROWTH": (certificate, (0.35, 0.9)),
     "STEPS": (rotation, (2, 5)),
     "GRAM_BLOCKS": (factors, (4, 16)),
+    "LARGEST_SHARE": (few_columns, (0.3, 0.8)),
+    "RESIDUAL_SHARE": (deflation, (1e-5, 0.1)),
 }
 """Of each tuned constant: its module, and a lower and a higher value."""
 

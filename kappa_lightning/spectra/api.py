@@ -19,13 +19,13 @@ def spectrum(matrix: Tensor, *, rtol: float = 1e-3, solver: str = "auto", memory
     two.
     ``solver="auto"`` goes from cheap to exact (:mod:`kappa_lightning.spectra.ladder`): a triangular factor, block
     Lanczos at both ends of its spectrum or the matrix's own, a measured bound for the factor
-    (:func:`~kappa_lightning.spectra.backward_error.compare`)
-    and one for the ends (:func:`~kappa_lightning.spectra.certificate.largest_eigenvalue_interval`); a matrix for
-    which they do not add up to ``rtol`` goes one rung up. From a float32 factor only the directions are taken; the
-    values are then those of the matrix itself in them (:func:`~kappa_lightning.spectra.ritz.extreme_ritz_values`), in
-    float64. The bounds hold except with a probability below 1e-9 over
-    the random blocks, which are the same in every call: equal weights give equal κ, and no random number generator is
-    touched.
+    (:func:`~kappa_lightning.spectra.backward_error.compare`) and one for the ends
+    (:func:`~kappa_lightning.spectra.certificate.largest_eigenvalue_interval`, or
+    :class:`~kappa_lightning.spectra.deflation.Deflation` for a few hundred columns); a matrix for which they do not add
+    up to ``rtol`` goes one rung up. From a float32 factor only the directions are taken; the values are then those of
+    the matrix itself in them (:func:`~kappa_lightning.spectra.ritz.extreme_ritz_values`), in float64. The bounds hold
+    except with a probability below 1e-9 over the random blocks, which are the same in every call: equal weights give
+    equal κ, and no random number generator is touched.
 
     A complex matrix A + iB has the singular values of the real [[A, −B], [B, A]], where each stands twice (Golub and
     Van Loan, Matrix Computations, §1.3.7), and is worked on in that form.

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from kappa_lightning.spectra.dense import eigen_values, svd_values
+from kappa_lightning.spectra.few_columns import deflated_values
 from kappa_lightning.spectra.matrices import TallMatrices
 from kappa_lightning.spectra.memory import bytes_of_one, fit
 from kappa_lightning.spectra.result import Spectrum, write, zero_spectrum
-from kappa_lightning.spectra.rungs import eigen_values, gram_values, lu_values, qr_values, svd_values
+from kappa_lightning.spectra.rungs import gram_values, lu_values, qr_values
 
 SOLVERS = ("auto", "svd")
 # Data-centre cards whose float64 products run on tensor cores or at half the float32 rate: V100, A100, H100/H200, B200.
@@ -22,6 +24,10 @@ _LANCZOS_FROM_ELSEWHERE = 128
 # Measured against its neighbors by benchmarks/ablation.py.
 _EIGEN_FROM = 32
 _EIGEN_BELOW = 640
+# The columns between which a CPU takes a factor and deflates both ends of its spectrum.
+# Measured against its neighbors by benchmarks/ablation.py.
+_DEFLATE_FROM = 448
+_DEFLATE_BELOW = 768
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,8 @@ def choose_rungs(device: torch.device, rows: int, cols: int) -> tuple[str, ...]:
       a κ of 100, and far more where a few learned directions stand out. Takes half the time of ``gram64`` on a CPU;
       on a GPU only where float64 is slow (a consumer's has 1/64 of its float32 speed).
     * ``gram64``: the same in float64. Reaches 1e5.
+    * ``deflate64``: Cholesky of the float64 Gram matrix, or LU of a square one, and both ends of the spectrum by
+      deflation; for a few hundred columns on a CPU. Reaches 1e3, of square matrices 1e6.
     * ``eig64``: all eigenvalues of the float64 Gram matrix, for small matrices on a CPU. Reaches 1e4 and more, with no
       need to measure an error.
     * ``lu64``: LU in float64, for square matrices on a CPU. Reaches 1e8.
@@ -62,11 +70,12 @@ def choose_rungs(device: torch.device, rows: int, cols: int) -> tuple[str, ...]:
         return ("gram32", "gram64", "qr64", "svd") if slow else ("gram64", "qr64", "svd")
     if cols < _EIGEN_FROM and rows < 2 * cols:
         return ("svd",)
+    first = ("deflate64",) if _DEFLATE_FROM <= cols < _DEFLATE_BELOW else ()
     if cols < _LANCZOS_FROM["cpu"]:
-        return ("eig64", "svd")
+        return (*first, "eig64", "svd")
     if rows == cols:
-        return ("lu64", "qr64", "svd")
-    return ("gram32" if cols >= _EIGEN_BELOW else "eig64", "gram64", "qr64", "svd")
+        return (*first, "lu64", "qr64", "svd")
+    return (*first, "gram32" if cols >= _EIGEN_BELOW else "eig64", "gram64", "qr64", "svd")
 
 
 def make_schedule(matrices: TallMatrices, solver: str, memory_budget: int | None) -> Schedule:
@@ -118,6 +127,8 @@ def take_rung(rung: str, matrices: TallMatrices, schedule: Schedule, rtol: float
         return lu_values(matrices, schedule.rows, rtol, schedule.lanczos_from)
     if rung == "qr64":
         return qr_values(matrices, schedule.rows, rtol, schedule.lanczos_from)
+    if rung == "deflate64":
+        return deflated_values(matrices, schedule.rows, rtol)
     if rung == "eig64":
         return eigen_values(matrices, schedule.rows)
     return svd_values(matrices, schedule.rows)

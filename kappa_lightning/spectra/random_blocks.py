@@ -3,10 +3,11 @@
 All use one fact about a Gaussian block Ω of 16 columns. For a fixed unit vector u the 16 entries of uᵀΩ are
 independent standard normals, so ‖uᵀΩ‖² is χ² with 16 degrees of freedom, and P(χ²₁₆ ≤ t) = exp(−t/2) Σ_{j≥8} (t/2)ʲ/j!
 is below 2.4e-11 at t = 0.36. Every use fails with at most that probability over the draw of Ω. A matrix that
-climbs the whole ladder meets at most 35 uses: on each of the three rungs with a factor one measurement of it and two
-Lanczos runs, each of which starts at most twice (in float32 and in float64) and is measured at most three times in
-float32; and the start and the measurement of the run for the rotation, with blocks of its own. Together that is below
-the 1e-9 that the package states for each matrix.
+climbs the whole ladder meets at most 39 uses: on the rung for few columns one measurement of the factor, one proof of
+the top and two of the bottom; on each of the three other rungs with a factor one measurement of it and two Lanczos
+runs, each of which starts at most twice (in float32 and in float64) and is measured at most three times in float32; and
+the start and the measurement of the run for the rotation, with blocks of its own. Together that is below the 1e-9 that
+the package states for each matrix.
 """
 
 import math

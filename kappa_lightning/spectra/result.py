@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -73,6 +74,11 @@ def zero_spectrum(count: int, device: torch.device) -> Spectrum:
 def nothing_shown(like: Tensor) -> Spectrum:
     """Values of which nothing is known: inf, also their ``rtol``."""
     return Spectrum(*(torch.full_like(like, torch.inf) for _ in fields(Spectrum)))
+
+
+def stacked(spectra: Sequence[Spectrum]) -> Spectrum:
+    """The values of batches one after the other."""
+    return Spectrum(*(torch.cat(values) for values in zip(*(one._values() for one in spectra), strict=True)))
 
 
 def write(into: Spectrum, members: Tensor | slice, values: Spectrum) -> None:

@@ -1,6 +1,5 @@
-"""The rungs: κ read off a factor (Cholesky of the Gram matrix, LU, QR), and off all singular values."""
+"""The rungs that read κ off a factor: Cholesky of the Gram matrix, LU, QR."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kappa_lightning.spectra.backward_error import compare
+from kappa_lightning.spectra.dense import is_rank_deficient, rounding_error
 from kappa_lightning.spectra.factors import (
     Factor,
     fill_pivots,
@@ -49,11 +49,6 @@ _LARGEST_RTOL = 0.1
 # the brackets only, which are tighter for it.
 _REFINED_SHARE = 0.2
 _BOTTOM_PROBE_SEED = 0x626F_7474
-
-# From here on a QR in front of the bidiagonalisation is cheaper than carrying the long columns through it.
-# Measured against its neighbors by benchmarks/ablation.py.
-_VERY_TALL = 1.6
-_EPS: float = torch.finfo(torch.float64).eps
 
 # Right singular vectors of R near its largest and its smallest singular value ↦ σ_max and σ_min of A from these.
 Refinement = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -175,73 +170,6 @@ def qr_values(matrices: TallMatrices, rows: int, rtol: float, lanczos_from: int)
     backward = rounding_error(torch.ones_like(values.sigma_max), matrices.cols) * values.sigma_max
     deficient = is_rank_deficient(values.sigma_min + backward, values.sigma_max, matrices)
     return with_rank(values, deficient)
-
-
-def eigen_values(matrices: TallMatrices, rows: int) -> Spectrum:
-    """Take the values from all eigenvalues of AᵀA in float64; ``rtol`` of the result is what rounding leaves of it.
-
-    For small matrices nothing is faster: neither a factor nor a block of vectors is worth its overhead. No random block
-    is drawn. With G = AᵀA as computed and u the unit roundoff, ‖G − AᵀA‖₂ ≤ γ_m‖A‖_F² for γ_m = mu/(1 − mu), in
-    whatever order the sums are taken (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.13); the
-    eigenvalues of G come by orthogonal transformations, as in :func:`rounding_error`; and by Weyl's inequality no
-    eigenvalue moves by more than both.
-
-    Args:
-        matrices: shape (count, m, n).
-        rows: how many rows to convert at a time.
-    """
-    gram = gram_matrix(matrices, torch.float64, rows)
-    norm_squared = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    eigenvalues = torch.linalg.eigvalsh(gram, UPLO="U")
-    smallest, largest = eigenvalues[..., 0], eigenvalues[..., -1]
-    units = matrices.rows * _EPS / 2
-    moved = units / (1 - units) * norm_squared + rounding_error(largest, matrices.cols)
-    error = ((1 + moved / largest) / (1 - moved / smallest)).sqrt() - 1
-    return Spectrum.of_ends(
-        sigma_max=largest.sqrt(),
-        sigma_min=smallest.clamp(min=0).sqrt(),
-        log_volume=eigenvalues.clamp(min=0).log().sum(-1) / 2,
-        frobenius_norm=norm_squared.sqrt(),
-        rtol=error.where(moved < smallest, torch.inf),
-    )
-
-
-def svd_values(matrices: TallMatrices, rows: int) -> Spectrum:
-    """Take the values from all singular values, whatever they cost; a backward stable QR first when very tall.
-
-    Args:
-        matrices: shape (count, m, n).
-        rows: how many rows the QR converts at a time.
-    """
-    if matrices.rows > _VERY_TALL * matrices.cols:
-        reduced = qr_factor(matrices, rows)
-    else:
-        reduced = matrices.scaled(torch.float64)
-    sigma = torch.linalg.svdvals(reduced)
-    largest, smallest = sigma[..., 0], sigma[..., -1]
-    values = Spectrum.of_ends(
-        sigma_max=largest,
-        sigma_min=smallest,
-        log_volume=sigma.log().sum(-1),
-        frobenius_norm=torch.linalg.vector_norm(sigma, dim=-1),
-        rtol=rounding_error(largest / smallest, matrices.cols),
-    )
-    return with_rank(values, is_rank_deficient(smallest, largest, matrices))
-
-
-def rounding_error(kappa: Tensor, cols: int) -> Tensor:
-    """Bound the relative error of a κ found by orthogonal transformations in float64.
-
-    They are backward stable: the values are those of A + ΔA with ‖ΔA‖₂ ≤ p(n)·eps·‖A‖₂ (Golub and Van Loan, Matrix
-    Computations, 4th ed., §8.6), and by Weyl's inequality σ_min then moves by at most p(n)·eps·κ of itself. The
-    textbooks' polynomials p are far from sharp; 4√n is used here, which the tests hold against values to 40 digits.
-    """
-    return 4 * math.sqrt(cols) * _EPS * kappa
-
-
-def is_rank_deficient(smallest: Tensor, largest: Tensor, matrices: TallMatrices) -> Tensor:
-    """Whether σ_min ≤ max(rows, cols)·eps·σ_max, the numerical rank of NumPy's ``matrix_rank``."""
-    return smallest <= matrices.rows * _EPS * largest
 
 
 def _reader(matrices: TallMatrices, rows: int) -> Callable[[], Iterator[Tensor]]:

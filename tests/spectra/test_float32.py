@@ -52,6 +52,7 @@ def rungs_taken(monkeypatch):
     monkeypatch.setattr(ladder, "take_rung", spy)
     # Matrices small enough for a test would not come to float32 by themselves.
     monkeypatch.setattr(ladder, "_EIGEN_BELOW", 0)
+    monkeypatch.setattr(ladder, "_DEFLATE_BELOW", 0)
     return taken
 
 

@@ -33,7 +33,7 @@ def plan(*rungs: str, members: int = 64, rows: int = 50, lanczos_from: int = 0) 
     return Schedule(rungs, members, rows, lanczos_from)
 
 
-@pytest.mark.parametrize("rung", ["gram32", "gram64", "lu64", "qr64", "svd"])
+@pytest.mark.parametrize("rung", ["deflate64", "gram32", "gram64", "lu64", "qr64", "svd"])
 @settings(max_examples=120, deadline=None)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
@@ -56,7 +56,8 @@ def test_a_rung_never_shows_more_than_is_true(rung, family, cols, extra, lanczos
 
 
 @pytest.mark.parametrize(
-    ("rung", "reach"), [("gram32", 100.0), ("gram64", 1e5), ("lu64", 1e8), ("qr64", 1e8), ("svd", 1e9)]
+    ("rung", "reach"),
+    [("deflate64", 1e6), ("gram32", 100.0), ("gram64", 1e5), ("lu64", 1e8), ("qr64", 1e8), ("svd", 1e9)],
 )
 def test_a_rung_reaches_the_condition_it_is_meant_for(rung, reach):
     """Otherwise the ladder would be right, and slow."""
@@ -320,11 +321,12 @@ def test_budget_decides_how_many_chunks_are_worked(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "cols", "first"),
     [
-        (31, 31, "svd"), (62, 31, "eig64"), (32, 32, "eig64"), (447, 447, "eig64"), (448, 448, "lu64"),
-        (449, 448, "eig64"), (640, 639, "eig64"), (641, 640, "gram32"), (9000, 300, "eig64"),
+        (31, 31, "svd"), (62, 31, "eig64"), (32, 32, "eig64"), (447, 447, "eig64"), (448, 448, "deflate64"),
+        (767, 767, "deflate64"), (768, 768, "lu64"), (448, 447, "eig64"), (449, 448, "deflate64"), (769, 768, "gram32"),
+        (9000, 300, "eig64"), (9000, 500, "deflate64"),
     ],
 )  # fmt: skip
-def test_small_matrices_of_a_cpu_start_with_all_eigenvalues_of_their_gram_matrix(rows, cols, first):
+def test_small_matrices_of_a_cpu_start_with_eigenvalues_then_with_deflation(rows, cols, first):
     rungs = choose_rungs(CPU, rows, cols)
     assert (rungs[0], rungs[-1]) == (first, "svd")
 
