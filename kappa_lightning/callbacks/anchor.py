@@ -11,7 +11,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
@@ -27,6 +26,7 @@ from kappa_lightning.callbacks.pretrained import PretrainedKeeper
 from kappa_lightning.callbacks.reporting import log_scalars, log_text
 from kappa_lightning.callbacks.stopwatch import Stopwatch
 from kappa_lightning.probes.inputs import Output
+from kappa_lightning.restoring import random_numbers_restored
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.weights import plain_parameters
 
@@ -233,7 +233,7 @@ class PretrainedAnchor(Keyed):
         if restored is not None:
             self._strength.load_state_dict(restored["strength"])
             self._steps = list(restored["steps"])
-        with isolate_rng():
+        with random_numbers_restored():
             references.prepare(trainer, pl_module, self._keeper, None if restored is None else restored["references"])
         assert self._keeper.state is not None
         self._keeper.state.move_to(None if references.source == "forward" or self.weight_pull else "cpu", pl_module)
@@ -365,7 +365,7 @@ class PretrainedAnchor(Keyed):
         adapter = adapter_for(trainer)
         adapter.settle(module)
         stack.callback(adapter.settle, module)
-        stack.enter_context(isolate_rng())
+        stack.enter_context(random_numbers_restored())
         stack.enter_context(without_noise(module))
         return stack
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.seed import isolate_rng
+
+from kappa_lightning.restoring import random_numbers_restored
 
 
 def validated(trainer: pl.Trainer, monitor: str, *, keep: bool = False) -> float:
@@ -31,7 +32,7 @@ def validated(trainer: pl.Trainer, monitor: str, *, keep: bool = False) -> float
             bar.disable()
         connector._callback_metrics.pop(monitor, None)
         trainer.validating = True
-        with isolate_rng():
+        with random_numbers_restored():
             trainer.fit_loop.epoch_loop.val_loop.run()
         found = dict(trainer.callback_metrics)
     finally:

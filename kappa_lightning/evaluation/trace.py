@@ -9,10 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from kappa_lightning.evaluation.kept import Kept
+from kappa_lightning.restoring import random_numbers_restored
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def undisturbed(module: nn.Module, moved: Collection[nn.Parameter] = ()) -> Iter
         (True, [0.0, 0.0])
     """
     # Lightning validates in inference mode; tensors that a module caches there could not be used in training.
-    with _isolated_rng(), _isolate_mps(), torch.inference_mode(False), torch.no_grad():
+    with random_numbers_restored(), torch.inference_mode(False), torch.no_grad():
         kept = Kept(module, moved)
         try:
             with ExitStack() as stack:
@@ -87,26 +87,3 @@ def _silence(module: nn.Module, stack: ExitStack) -> None:
 
 def _log_nothing(*_: Any, **__: Any) -> None:
     """In place of ``LightningModule.log``."""
-
-
-@contextmanager
-def _isolated_rng() -> Iterator[None]:
-    isolation = isolate_rng()
-    isolation.__enter__()
-    try:
-        yield
-    finally:
-        # Without the error, at which it would leave the random numbers as they are.
-        isolation.__exit__(None, None, None)
-
-
-@contextmanager
-def _isolate_mps() -> Iterator[None]:
-    if not torch.backends.mps.is_available():
-        yield
-        return
-    state = torch.mps.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.mps.set_rng_state(state)

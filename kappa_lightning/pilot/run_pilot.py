@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 
 from kappa_lightning.callbacks import WalkBack
@@ -26,6 +25,7 @@ from kappa_lightning.pilot.result import PilotResult
 from kappa_lightning.pilot.statistics import Interval
 from kappa_lightning.pilot.trial import OWN, Data, Run, Setup, made_by
 from kappa_lightning.probes import Probe
+from kappa_lightning.restoring import random_numbers_restored
 
 DEFAULT_CANDIDATES = (
     "full",
@@ -126,7 +126,7 @@ def pilot(
         always_train=tuple(always_train), exclude=tuple(exclude), draw=seed, trainer=options,
     )  # fmt: skip
     rules = Rules(target, level, seed, race_seeds, confirm_seeds, finalists)
-    with isolate_rng(), tempfile.TemporaryDirectory() as temporary:
+    with random_numbers_restored(), tempfile.TemporaryDirectory() as temporary:
         pl.seed_everything(seed, workers=True, verbose=False)
         module = made_by(make_module, seed, pl.LightningModule, "make_module")
         inits = {one.name: _init(one, module) for one in by_name.values()}

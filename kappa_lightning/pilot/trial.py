@@ -18,7 +18,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
@@ -28,6 +27,7 @@ from kappa_lightning.pilot.candidates import Candidate, candidate
 from kappa_lightning.pilot.halves import Half, half_of
 from kappa_lightning.pilot.rates import RateFactor
 from kappa_lightning.probes import Probe
+from kappa_lightning.restoring import random_numbers_restored
 from kappa_lightning.weights import plain_parameters
 from kappa_lightning.weights.names import plain_name
 from kappa_lightning.weights.patterns import match_parameters
@@ -144,7 +144,7 @@ def run_trial(setup: Setup, spec: Spec, by: Candidate | str) -> Run:
         by = candidate(by, always_train=setup.always_train, exclude=setup.exclude, seed=setup.draw)
     # A trainer and its module refer to each other, so those of the last run are still there.
     gc.collect()
-    with isolate_rng(), quiet():
+    with random_numbers_restored(), quiet():
         pl.seed_everything(spec.seed, workers=True, verbose=False)
         pretrained = made_by(setup.make_module, spec.seed, pl.LightningModule, "make_module")
         module = copy.deepcopy(pretrained)

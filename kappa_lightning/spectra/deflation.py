@@ -24,6 +24,8 @@ _RESIDUAL_SHARE = 2e-4
 _MOST_FILTERS = 4
 _LARGEST_DEGREE = 12
 _MOST_STEPS = 24
+# Its hyperbolic cosine times the steps is a float.
+_LARGEST_ANGLE = 29.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,8 @@ class Deflation:
         """Whether :meth:`is_shown` may succeed with an operator of this error: it costs less than half the overlap."""
         if not self.is_usable:
             return False
-        slope = math.sinh(math.acosh(2 * self.allowed / self.edge - 1))
         length = math.sqrt(BLOCK * self.vectors.shape[-1])
-        return 4 / self.edge * error * length < OVERLAP / 2 * slope
+        return 4 / self.edge * error * length < OVERLAP / 2 * math.sinh(self._angle(self.allowed))
 
     @property
     def is_close(self) -> bool:
@@ -102,7 +103,7 @@ class Deflation:
         if not self.is_usable:
             return False
         scale = 4 / self.edge
-        angle = math.acosh(2 * self.allowed / self.edge - 1)
+        angle = self._angle(self.allowed)
         before = probe(self.vectors, seed)
         first = operator(before) if first is None else first
         block = _projected(torch.add(first * (scale / 2), before, alpha=-1.0), self.vectors)
@@ -118,6 +119,10 @@ class Deflation:
             following = (operator(block) * scale).sub_(before).sub_(block, alpha=2.0)
             before, block = block, _projected(following, self.vectors)
         return False
+
+    def _angle(self, value: float) -> float:
+        """The arcosh of 2·value/b − 1; at most one with which T_j can be computed, which is that of a smaller value."""
+        return min(math.acosh(2 * value / self.edge - 1), _LARGEST_ANGLE)
 
 
 def probe(vectors: Tensor, seed: int) -> Tensor:
@@ -154,8 +159,8 @@ def find_top(operator: Operator, size: int, tolerance: float, powers: int) -> De
 def _filtered(operator: Operator, found: Deflation, image: Tensor) -> Tensor:
     """T_d(2M/b − 1) of the block, of the degree that seems to be needed; ``image`` is M of it."""
     excess = (found.upper - found.allowed) / (_RESIDUAL_SHARE * (found.upper - found.edge))
-    angle = math.acosh(2 * found.upper / found.edge - 1)
-    degree = min(_LARGEST_DEGREE, math.ceil(math.acosh(2 * math.sqrt(excess)) / angle))
+    wanted = math.acosh(2 * math.sqrt(max(excess, 1.0))) / found._angle(found.upper)
+    degree = math.ceil(min(_LARGEST_DEGREE, wanted))
     scale = 4 / found.edge
     before, block = found.vectors, torch.add(image * (scale / 2), found.vectors, alpha=-1.0)
     for _ in range(degree - 1):

@@ -43,7 +43,7 @@ def test_what_is_shown_is_above_every_eigenvalue(size, decay, crowd, noise, tole
         assert block.upper >= eigenvalues.max() * (1 - 1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), noise=st.floats(1e-3, 0.3))
 def test_rest_of_the_spectrum_may_reach_just_what_is_allowed(seed, noise):
     """With the rest moved to c nothing lies above τ; with it a little higher, and E where it hurts, something does."""
@@ -80,6 +80,16 @@ def test_rounding_of_the_operator_is_counted():
     for error, shown in ((1e-6, True), (1.0, False)):
         assert block.affords(error) is shown
         assert block.is_shown(lambda block: block @ matrix, error, SEED) is shown
+
+
+@pytest.mark.parametrize("decades", [40, 300])
+def test_a_spectrum_over_many_decades_is_shown_without_overflow(decades):
+    eigenvalues = torch.logspace(0, -decades, 64, dtype=torch.float64)
+    matrix, axes = torch.diag(eigenvalues), torch.eye(64, dtype=torch.float64)
+    for vectors, shown in ((axes[:16].contiguous(), True), (axes[1:17].contiguous(), False)):
+        block = Deflation.of(vectors, vectors @ matrix, 1e-3)
+        assert block.is_shown(lambda block: block @ matrix, 0.0, SEED) is shown
+    assert find_top(lambda block: block @ matrix, 64, 1e-3, 1).ritz == pytest.approx(1.0)
 
 
 def test_a_block_with_numbers_that_are_none_shows_nothing():
