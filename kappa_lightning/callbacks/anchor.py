@@ -290,7 +290,7 @@ class PretrainedAnchor(Keyed):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._keeper.runs.ended()
+        self._keeper.runs.fit_ended()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

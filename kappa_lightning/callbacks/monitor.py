@@ -230,8 +230,7 @@ class KappaMonitor(Keyed):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.baseline:  # else nothing trained, and whoever saves next saves what was loaded
-            self._runs.ended()
+        self._runs.fit_ended()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

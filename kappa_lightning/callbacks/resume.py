@@ -33,8 +33,9 @@ class Runs:
 
     The callback hands over what Lightning's hooks tell it, in this order: :meth:`announced` from ``setup``,
     :meth:`opened` from ``on_load_checkpoint``, :meth:`loaded` from ``load_state_dict``, :meth:`begun` when it has
-    done its work at the start of the fit, :meth:`ended` from ``on_fit_end`` and ``on_exception``. Its ``state_dict``
-    gives :meth:`to_save` as long as a fit is only announced, or the callback has nothing of its own.
+    done its work at the start of the fit, :meth:`fit_ended` from ``on_fit_end`` or :meth:`ended` from
+    ``on_exception``. Its ``state_dict`` gives :meth:`to_save` as long as a fit is only announced, or the callback has
+    nothing of its own.
 
     Attributes:
         state: what :meth:`loaded` was given, until the fit has begun.
@@ -107,6 +108,11 @@ class Runs:
         self._module = weakref.ref(module)
         self.state = None
         self.announced_only = False
+
+    def fit_ended(self) -> None:
+        """The fit has ended well; if nothing was left to train, whoever saves next saves what was loaded."""
+        if not self.announced_only or self.state is None:
+            self.ended()
 
     def ended(self) -> None:
         """The fit has ended, well or not."""

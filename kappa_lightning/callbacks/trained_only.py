@@ -127,7 +127,7 @@ class TrainedOnlyCheckpoint(Keyed):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._runs.ended()
+        self._runs.fit_ended()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -123,3 +123,17 @@ def test_retention_tells_lost_from_out_of_line_and_the_way_back(main_of: Any, tm
     assert last["forgetting/dear/recoverable"] > 0.9
     assert difference == 0
     assert list((tmp_path / "trained").glob("*.safetensors"))
+
+
+def test_language_probes_stop_a_run_that_forgets(main_of: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    forgetting = main_of("language_probes")
+    first, last = forgetting.history[0], forgetting.history[-1]
+    assert first["forgetting/written/exact_match"] > 0.8
+    assert last["step"] < 40
+    assert min(last[f"forgetting/{name}/retention_low"] for name in forgetting.probes) < 0.5
+    assert "| 0 1 2 | 3 4 |" in capsys.readouterr().out
+
+
+def test_site_shows_every_example() -> None:
+    page = (FOLDER.parent / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert [name for name in (file.name for file in FILES) if f'\n--8<-- "examples/{name}"\n' not in page] == []
