@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from kappa_lightning.profile import KappaProfile, KappaRow
+from kappa_lightning.weights.part import split_name
 
 if TYPE_CHECKING:
     from kappa_lightning.sensitivity import SensitivityProfile, SensitivityRow
@@ -43,7 +44,8 @@ def lora_targets(
 
     Raises:
         ValueError: if there is not exactly one budget or it selects nothing, a tensor is not a layer's ``weight`` and
-            has neither two nor three dimensions, or PEFT could not tell a parameter from one that was not selected.
+            has neither two nor three dimensions, only some experts or heads of a tensor are selected, or PEFT could not
+            tell a parameter from one that was not selected.
         KeyError: if ``model`` does not have a tensor of the profile.
 
     Example:
@@ -54,15 +56,19 @@ def lora_targets(
         True
     """
     layers = None if model is None else dict(model.named_modules(remove_duplicate=False))
-    chosen = set(profile.select(**budget))
-    is_layer = {row.name: _is_layers_weight(row, layers) for row in profile}
+    selected = set(profile.select(**budget))
+    wholes: dict[str, KappaRow | SensitivityRow] = {split_name(row.name)[0]: row for row in profile}
+    _require_wholes(profile, selected)
+    chosen = {split_name(name)[0] for name in selected}
+    is_layer = {name: _is_layers_weight(name, row, layers) for name, row in wholes.items()}
     modules = sorted(name.removesuffix(_WEIGHT) for name in chosen if is_layer[name])
     parameters = sorted(name for name in chosen if not is_layer[name])
     for name in parameters:
-        shape = profile[name].shape
+        # Each expert of a fused tensor is a matrix.
+        shape = wholes[name].shape if wholes[name].name == name else (1, *wholes[name].shape)
         if len(shape) not in (2, 3):
             raise ValueError(f"PEFT cannot adapt {name} of shape {shape}: profile the model with exclude=[{name!r}]")
-    others = [row.name for row in profile if row.name not in chosen]
+    others = [name for name in wholes if name not in chosen]
     if reached := _reached(parameters, others):
         raise ValueError(
             f"PEFT would also adapt {reached[1]}, whose name ends in .{reached[0]}: profile the model inside a module "
@@ -73,14 +79,28 @@ def lora_targets(
     return {"target_modules": exact or modules, "target_parameters": parameters}
 
 
-def _is_layers_weight(row: KappaRow | SensitivityRow, layers: Mapping[str, nn.Module] | None) -> bool:
-    if not row.name.endswith(_WEIGHT):
+def _require_wholes(profile: KappaProfile | SensitivityProfile, selected: set[str]) -> None:
+    """Raise a ValueError if some parts of a tensor are selected, and others are not."""
+    left = {split_name(row.name)[0]: row.name for row in profile if row.name not in selected}
+    for name in sorted(selected):
+        whole, label = split_name(name)
+        if label is not None and whole in left:
+            raise ValueError(
+                f"{name} is selected and {left[whole]} is not, and PEFT adapts all of {whole} or nothing: profile the "
+                'model with experts="mean" and heads="whole" to choose whole tensors, or train the selected parts '
+                'themselves with KappaFreezeCallback(experts="each")'
+            )
+
+
+def _is_layers_weight(name: str, row: KappaRow | SensitivityRow, layers: Mapping[str, nn.Module] | None) -> bool:
+    if not name.endswith(_WEIGHT):
         return False
     if layers is None:
-        return not isinstance(row, KappaRow) or row.kappas is None
-    layer = layers.get(row.name.removesuffix(_WEIGHT))
+        is_expert = row.name != name and "head" not in row.name.rpartition("[")[2]
+        return not is_expert and (not isinstance(row, KappaRow) or row.kappas is None)
+    layer = layers.get(name.removesuffix(_WEIGHT))
     if layer is None:
-        raise KeyError(f"the model has no {row.name}: it is not the one that was profiled")
+        raise KeyError(f"the model has no {name}: it is not the one that was profiled")
     return isinstance(layer, _ADAPTABLE)
 
 

@@ -53,6 +53,37 @@ def test_fused_experts_are_target_parameters_and_train():
     assert all("lora_B" in name for name in moved)
 
 
+def test_experts_of_which_all_are_chosen_are_a_target_and_some_of_them_are_an_error_that_says_what_to_do():
+    model = mixtral()
+    with torch.no_grad():
+        # All experts of one tensor have the lowest κ.
+        model.model.layers[1].mlp.experts.down_proj.copy_(torch.eye(16, 24).repeat(4, 1, 1))
+    profile = profile_of(model, include=["*experts*"], experts="each")
+    targets = lora_targets(profile, model=model, num_tensors=4)
+    assert targets == {"target_modules": [], "target_parameters": ["model.layers.1.mlp.experts.down_proj"]}
+    assert adapted(mixtral(), targets) == {"model.layers.1.mlp.experts.down_proj"}
+    with pytest.raises(
+        ValueError, match=r"down_proj\[0\] is selected and .*down_proj\[3\] is not.*all of .*experts=\"each\""
+    ):
+        lora_targets(profile, num_tensors=3)
+
+
+def test_heads_of_which_all_are_chosen_make_their_layer_a_target():
+    model = mixtral()
+    profile = profile_of(model, include=["*layers.0*q_proj*"], heads="each")
+    targets = lora_targets(profile, top_p=1.0)
+    assert targets == {"target_modules": ["model.layers.0.self_attn.q_proj"], "target_parameters": []}
+    with pytest.raises(ValueError, match=r"q_proj.weight\[head .\] is selected"):
+        lora_targets(profile, num_tensors=1)
+
+
+def test_experts_that_are_layers_are_chosen_one_by_one():
+    model = nn.ModuleDict({"experts": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 5)}) for _ in range(3))})
+    profile = profile_of(model, experts="each")
+    (chosen,) = profile.select(num_tensors=1)
+    assert adapted(model, lora_targets(profile, num_tensors=1)) == {chosen}
+
+
 def test_selection_of_linear_layers_is_pefts():
     model = mixtral()
     linear = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]

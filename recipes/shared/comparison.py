@@ -163,12 +163,14 @@ def run(
     retention = {name: forgetting.history[-1][f"forgetting/{name}/retention"] for name in forgetting.probes}
     if walk_back is not None:
         retention = walk_back.report["chosen"]
+    # Single experts that trained are one with their tensors again, and only the optimizer still has them.
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return Result(
         method=method,
         exact_match=float(trainer.callback_metrics["val/exact_match"]),
         loss=float(trainer.callback_metrics["val/loss"]),
         retention=retention,
-        trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        trainable=sum(p.numel() for group in groups for p in group["params"] if p.requires_grad),
         memory=memory.bytes,
         seconds=seconds,
         points=lines.points,

@@ -117,5 +117,8 @@ def test_single_experts_of_the_small_mixture_train(tmp_path, monkeypatch):
     options += ["--model", "small-moe", "--method", "kappa-experts", "--log-dir", str(tmp_path / "runs")]
     (result,) = new_task.main([*options, "--accelerator", "cpu", "--max-params", "0.25"])
     assert result.method == "kappa-experts"
+    # A quarter of 3 × 8 gate-and-up and as many down projections, which are half as large.
+    assert result.trainable % (128 * 128) == 0
+    assert 12 <= result.trainable / (128 * 128) <= 24
     (rows,) = (tmp_path / "runs").glob("kappa-experts/*")
     assert any(rows.iterdir())

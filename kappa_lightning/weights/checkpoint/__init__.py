@@ -7,11 +7,17 @@ layers are that these belong to says ``configured``, by the config beside them, 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
 from kappa_lightning.weights.checkpoint.assumed import assumed_weights
 from kappa_lightning.weights.checkpoint.config import NoModelError
 from kappa_lightning.weights.checkpoint.configured import configured_weights
 from kappa_lightning.weights.checkpoint.files import find_source, read_files
+from kappa_lightning.weights.checkpoint.mxfp4 import with_mxfp4_dequantized
+from kappa_lightning.weights.checkpoint.remote import is_remote, read_remote
+from kappa_lightning.weights.checkpoint.stored import Stored
 from kappa_lightning.weights.weight import Weight
 
 __all__ = ["checkpoint_weights"]
@@ -29,20 +35,30 @@ def checkpoint_weights(path: str | os.PathLike[str]) -> list[Weight]:
     Args:
         path: a ``.safetensors`` file; a file of ``torch.save`` with a state dict, such as a Lightning ``.ckpt``, read
             without unpickling code; a folder with one of these under a name that transformers, diffusers or PEFT give
-            it, or with an index and its shards; or the id of a hub model that is in the local cache.
+            it, or with an index and its shards; the id of a hub model that is in the local cache; or a URL that fsspec
+            reads (``hf://org/model``, ``s3://…``, ``https://…``) of a ``.safetensors`` file or such a folder, of which
+            each tensor is downloaded when it is decomposed, and none is kept.
 
     Raises:
         FileNotFoundError: if there is no such file and no such model in the cache, or a shard is missing.
+        ImportError: if the library for a URL's protocol is not installed.
         ValueError: if a file is corrupt, of an unknown kind, or holds no matrix or several state dicts, or a shard
             lacks a tensor that the index places there.
     """
-    source = find_source(path)
-    tensors = read_files(source)
-    folder = source if source.is_dir() else source.parent
-    try:
-        weights = configured_weights(folder, tensors)
-    except NoModelError as reason:
-        weights = assumed_weights(source, tensors, str(reason))
+    if is_remote(str(path)):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            weights = _weights(str(path), folder, with_mxfp4_dequantized(read_remote(str(path), folder)))
+    else:
+        source = find_source(path)
+        weights = _weights(str(source), source if source.is_dir() else source.parent, read_files(source))
     if not weights:
         raise ValueError(f"{path} holds no weight matrix")
     return weights
+
+
+def _weights(source: str, folder: Path, tensors: Mapping[str, Stored]) -> list[Weight]:
+    try:
+        return configured_weights(folder, tensors)
+    except NoModelError as reason:
+        return assumed_weights(source, tensors, str(reason))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ _NORM = re.compile(r"norm\d*\.weight$|(?:^|[._])ln_?\w?\.weight$", re.IGNORECASE
 _RECURRENT = re.compile(r"(?:^|[._])weight_(?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?$|in_proj_weight$")
 
 
-def assumed_weights(source: Path, tensors: Mapping[str, Stored], reason: str) -> list[Weight]:
+def assumed_weights(source: str, tensors: Mapping[str, Stored], reason: str) -> list[Weight]:
     """The matrices of a checkpoint, as far as names and shapes tell.
 
     A warning says what tensors of three and more dimensions were taken for: no name tells a transposed convolution from
@@ -40,7 +39,7 @@ def assumed_weights(source: Path, tensors: Mapping[str, Stored], reason: str) ->
             f"{source}: {reason}. Tensors of more than two dimensions are read by their names and shapes, "
             f"{' and '.join(said)}; for a transposed convolution that is wrong. KappaProfile.from_model reads each as "
             "its layer does",
-            stacklevel=4,
+            stacklevel=5,
         )
     return weights
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from kappa_lightning.weights.checkpoint.mxfp4 import with_mxfp4_dequantized
 from kappa_lightning.weights.checkpoint.pickle_file import read_pickle
 from kappa_lightning.weights.checkpoint.safetensors_file import read_safetensors
+from kappa_lightning.weights.checkpoint.shards import shards_of_index
 from kappa_lightning.weights.checkpoint.stored import Stored
 
 _NAMES = (
@@ -80,20 +80,7 @@ def _by_loaded_names(tensors: dict[str, Stored]) -> dict[str, Stored]:
 
 
 def _read_shards(index: Path) -> dict[str, Stored]:
-    try:
-        places = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards, or a damaged one: {error!r}") from error
-    shards: dict[str, list[str]] = {}
-    for name, shard in places:
-        if not isinstance(shard, str):
-            raise ValueError(f"{index} is a damaged index: it names {shard!r} as the shard of {name}")
-        if not _lies_beside(shard):
-            raise ValueError(
-                f"{index} names {shard!r} as the shard of {name}, which does not lie beside it: such an index is not "
-                "followed"
-            )
-        shards.setdefault(shard, []).append(name)
+    shards = shards_of_index(str(index), index.read_bytes().decode(errors="replace"))
     tensors: dict[str, Stored] = {}
     for shard, names in shards.items():
         file = index.parent / shard
@@ -110,16 +97,6 @@ def _read_shards(index: Path) -> dict[str, Stored]:
                 )
             tensors[name] = held[name]
     return tensors
-
-
-def _lies_beside(shard: str) -> bool:
-    """Whether a shard is named by a file name alone, whatever system wrote the index."""
-    return (
-        shard not in ("", ".", "..")
-        and PurePosixPath(shard).name == shard
-        and PureWindowsPath(shard).name == shard
-        and not PureWindowsPath(shard).drive
-    )
 
 
 def _only_file(folder: Path) -> Path:

@@ -63,14 +63,14 @@ class UnchangedFile:
         return state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def with_quantized_refused(file: Path, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+def with_quantized_refused(file: Path | str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors of a file, in which those that hold codes instead of numbers are marked as unreadable."""
     return {
         name: _refused(file, tensor) if _is_quantized(tensor, tensors) else tensor for name, tensor in tensors.items()
     }
 
 
-def _refused(file: Path, tensor: Stored) -> Stored:
+def _refused(file: Path | str, tensor: Stored) -> Stored:
     reason = (
         f"{tensor.name} in {file} is stored as {tensor.dtype or 'an unknown type'}, quantized: load the model with its "
         "library and use KappaProfile.from_model"
