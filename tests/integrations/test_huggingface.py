@@ -116,3 +116,43 @@ def test_callback_that_comes_too_late_says_so(tmp_path):
 def test_wrong_argument_names_it():
     with pytest.raises(ValueError, match="probes is empty"):
         Retention(None, {})
+
+
+def test_sft_trainer_of_trl_takes_the_same_callbacks(tmp_path, monkeypatch):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    net = model()
+    freezing = KappaFreeze(num_tensors=2, exclude=["*embed*", "lm_head*"])
+    rows = [{"input_ids": tokens["input_ids"].tolist()} for tokens in samples(8)]
+    options = arguments(tmp_path, max_steps=2, eval_strategy="no").to_dict()
+    wanted = ("output_dir", "per_device_train_batch_size", "max_steps", "learning_rate", "report_to", "use_cpu", "seed")
+    config = trl.SFTConfig(
+        **{key: options[key] for key in wanted},
+        save_strategy="no",
+        bf16=False,
+        gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    words = tokenizer()
+    trainer = trl.SFTTrainer(
+        net, config, train_dataset=datasets.Dataset.from_list(rows), processing_class=words, callbacks=[freezing]
+    )
+    retention = Retention(trainer, {"text": probe()})
+    trainer.add_callback(retention)
+    before = copy.deepcopy(net.state_dict())
+    trainer.train()
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == set(freezing.frozen.selected_names)
+    assert len(moved) == 2
+    assert retention.baseline.keys() == {"text"}
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One that knows the numbers of the tiny model."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = Tokenizer(WordLevel({str(number): number for number in range(32)}, unk_token="0"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="0", pad_token="0", bos_token="1", eos_token="2"
+    )

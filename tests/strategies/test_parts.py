@@ -174,6 +174,42 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, name: str, distrib
         assert saved == ([] if distributed else list(Mixture().state_dict()))
 
 
+def train_blocks(sharded: bool) -> dict[str, Tensor]:
+    """Three steps of a bare loop, in which a block of rows and a block of columns train, as heads are."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 5, bias=False)).double()
+    if sharded:
+        torch.distributed.init_process_group("gloo")
+        fully_shard(layer)
+    parts = [Part("0.weight", "head 1", (slice(1, 4),)), Part("2.weight", "head 0", (slice(None), slice(0, 3)))]
+    training = train_parts(layer, parts)
+    optimizer = torch.optim.AdamW(training.parameters.values(), lr=0.1, weight_decay=0.3)
+    for step in range(3):
+        batch = torch.randn(4, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        if sharded:
+            batch = batch.chunk(2)[torch.distributed.get_rank()]
+        layer(batch).square().mean().backward()
+        optimizer.step()
+        training.store()
+        optimizer.zero_grad()
+    weights = {name: whole(tensor).detach().clone() for name, tensor in layer.state_dict().items()}
+    training.undo()
+    assert all(parameter.requires_grad for parameter in layer.parameters())
+    return weights
+
+
+def test_blocks_of_rows_and_columns_train_under_fsdp2_without_a_trainer() -> None:
+    torch.manual_seed(0)
+    before = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 5, bias=False)).double().state_dict()
+    one = train_blocks(False)
+    assert torch.equal(one["0.weight"][[0, 4, 5]], before["0.weight"][[0, 4, 5]])
+    assert (one["0.weight"][1:4] != before["0.weight"][1:4]).all()
+    for many in on_ranks(train_blocks, True):
+        torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-11)
+        assert torch.equal(many["0.weight"][[0, 4, 5]], before["0.weight"][[0, 4, 5]])
+        assert torch.equal(many["2.weight"][:, 3:], before["2.weight"][:, 3:])
+
+
 def train_a_part_of_a_split_tensor(root: Path) -> None:
     devices, make = STRATEGIES["tp"]
     module = Mixture()
