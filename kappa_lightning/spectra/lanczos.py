@@ -256,7 +256,7 @@ def lanczos_steps(operator: Operator, start: Start, batch: int, steps: int, dtyp
         image = torch.baddbmm(image, projection, spanned, alpha=-1.0)
         image = image + filler * torch.linalg.matrix_norm(diagonal).to(dtype)[..., None, None]
         # On a GPU the question would stop the host in every step.
-        block, coupling = _orthonormalize(image, spanned, may_ask=not image.is_cuda)
+        block, coupling = orthonormalize(image, spanned, may_ask=not image.is_cuda)
         coupling = coupling.to(torch.float64)
         basis[:, done : done + BLOCK] = block
         # The inverse of a matrix that is singular beyond float64's range overflows, and nothing can be said of it.
@@ -274,7 +274,7 @@ def _steps_to_skip(distance: float, slope: float) -> int:
     return max(1, int(_PATIENCE * distance / slope)) if 0 < slope < math.inf and distance < math.inf else 1
 
 
-def _orthonormalize(image: Tensor, spanned: Tensor, may_ask: bool) -> tuple[Tensor, Tensor]:
+def orthonormalize(image: Tensor, spanned: Tensor, may_ask: bool) -> tuple[Tensor, Tensor]:
     """Factor imageᵀ = blockᵀ @ coupling with the rows of block orthonormal and orthogonal to those of ``spanned``.
 
     Shifted Cholesky QR, three passes (Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, SIAM J. Sci. Comput. 42,

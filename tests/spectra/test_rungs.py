@@ -17,7 +17,7 @@ from kappa_lightning.spectra.factors import (
     triangular_factor,
 )
 from kappa_lightning.spectra.ladder import Schedule, choose_rungs, climb, make_schedule, take_rung
-from kappa_lightning.spectra.lanczos import _orthonormalize, largest_eigenvalue
+from kappa_lightning.spectra.lanczos import largest_eigenvalue, orthonormalize
 from kappa_lightning.spectra.matrices import TallMatrices
 from kappa_lightning.spectra.random_blocks import Start, gaussian_block
 from kappa_lightning.spectra.recurrence import Recurrence
@@ -249,7 +249,7 @@ def test_a_block_is_orthonormal_with_two_passes_or_three(may_ask, rank, dtype, c
     )
     image = image + 1e-4 * close * torch.randn(image.shape, generator=generator, dtype=torch.float64)
     image = (image - image @ spanned.mT.double() @ spanned.double()).to(dtype)
-    block, coupling = _orthonormalize(image, spanned, may_ask)
+    block, coupling = orthonormalize(image, spanned, may_ask)
     identity = torch.eye(16, dtype=dtype).expand(2, -1, -1)
     torch.testing.assert_close(block @ block.mT, identity, rtol=0, atol=close)
     assert (block @ spanned.mT).abs().max() < close
