@@ -23,10 +23,10 @@ from kappa_lightning.probes.inputs import (
     Output,
     ReferenceInputs,
     TaskInputs,
-    resolve_reference,
     takes_images,
 )
 from kappa_lightning.probes.references import References
+from kappa_lightning.probes.resolving import resolve_reference
 from kappa_lightning.processes import Processes
 from kappa_lightning.strategies import Share, adapter_for
 

@@ -25,7 +25,8 @@ from kappa_lightning.callbacks.task import (
 )
 from kappa_lightning.callbacks.trainer import batch_limit
 from kappa_lightning.parts import split_into_parts
-from kappa_lightning.probes import ReferenceInputs, resolve_reference
+from kappa_lightning.probes import GeneratedText, ReferenceInputs, resolve_reference
+from kappa_lightning.probes.resolving import WORDS
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile.settings import EACH
 from kappa_lightning.selection import Budget
@@ -62,11 +63,15 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         top_p: the share of the candidates that trains, in (0, 1]; without any budget it is found.
         num_tensors: the number of candidates that train.
         max_params: the number of candidates' parameters that train, or their share if a float.
-        reference: ``"generated"`` (text that a causal or image-text model samples itself), ``"inputs"`` (the new task's
-            own inputs), ``"auto"`` (the first of these that the model can), a dataloader without labels, or
+        reference: ``"generated"`` (text that a causal or image-text model samples itself), ``"synthesized"`` (the new
+            task's inputs, changed by a classifier's own gradient until it recognizes them), ``"inputs"`` (the new
+            task's own inputs), ``"auto"`` (the first of these that the model can), a dataloader without labels, or
             :class:`~kappa_lightning.probes.ReferenceInputs`.
-        method: ``"gradient"``, or ``"trial"``: all candidates train for ``2 · batches`` steps, each one's movement is
-            taken back in turn, and the loss and the divergence are measured by forward passes alone.
+        method: ``"gradient"``: the signal is that of the mean gradient at the start; ``"path"``: it is summed along one
+            step of training for each batch, on weights that are put back afterwards; ``"trial"``: all candidates train
+            for ``2 · batches`` steps, each one's movement is taken back in turn, and the loss and the divergence are
+            measured by forward passes alone. ``"auto"`` is ``"gradient"`` for what generates its text and ``"path"``
+            for all others, which may be confidently wrong at the start.
         batches: how many batches of the new task are used.
         rates: let all candidates (or those within the budget) train, each at its own learning rate ∝ b/c, in place of
             freezing the others.
@@ -126,7 +131,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         num_tensors: int | None = None,
         max_params: int | float | None = None,
         reference: str | Iterable[Any] | ReferenceInputs = "auto",
-        method: str = "gradient",
+        method: str = "auto",
         batches: int = 16,
         rates: bool = False,
         include: Sequence[str] = ("*",),
@@ -142,14 +147,14 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         limits = {"top_p": top_p, "num_tensors": num_tensors, "max_params": max_params}
         given = any(limit is not None for limit in limits.values())
         self.budget = Budget(top_p=top_p, num_tensors=num_tensors, max_params=max_params) if given else None
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} is unknown: use one of {', '.join(map(repr, METHODS))}")
+        if method not in ("auto", *METHODS):
+            raise ValueError(f"method={method!r} is unknown: use one of {', '.join(map(repr, ('auto', *METHODS)))}")
         for argument, value in (("batches", batches), ("draws", draws)):
             if as_int(value, argument) < 1:
                 raise ValueError(f"{argument}={value!r} must be at least 1")
-        if isinstance(reference, str) and reference not in ("generated", "inputs", "auto"):
+        if isinstance(reference, str) and reference not in WORDS:
             raise ValueError(
-                f'reference={reference!r} is unknown: use "generated", "inputs", "auto", a dataloader or '
+                f"reference={reference!r} is unknown: use one of {', '.join(map(repr, WORDS))}, a dataloader or "
                 "ReferenceInputs"
             )
         if experts not in ("together", EACH):
@@ -295,6 +300,9 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         with silenced(trainer, module), adapter.evaluating(module):
             if self.method == "trial":
                 return SensitivityProfile(*measurement.by_trial(trainer.optimizers, 2 * self.batches))
+            if self.method == "path" or (self.method == "auto" and not isinstance(reference, GeneratedText)):
+                kind = self._optimizer(trainer, candidates)
+                return SensitivityProfile(*measurement.by_path(trainer.optimizers, kind, self.draws))
             return SensitivityProfile(*measurement.by_gradients(self._optimizer(trainer, candidates), self.draws))
 
     def _optimizer(self, trainer: pl.Trainer, candidates: Sequence[Weight]) -> str:

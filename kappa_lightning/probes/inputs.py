@@ -220,38 +220,6 @@ class GeneratedText(ReferenceInputs):
             )
 
 
-def resolve_reference(reference: Any, module: nn.Module) -> ReferenceInputs:
-    """What a user means by ``reference=``.
-
-    Args:
-        reference: ``"generated"``, ``"inputs"``, ``"auto"`` (text of its own, if the model can write, and otherwise
-            the new task's inputs), a :class:`ReferenceInputs`, or any dataloader.
-        module: the pretrained model.
-
-    Raises:
-        TypeError: if it is none of these.
-        ValueError: if the word is unknown, or the module cannot do what it says.
-
-    Example:
-        >>> type(resolve_reference("auto", nn.Linear(2, 2))).__name__
-        'TaskInputs'
-    """
-    if isinstance(reference, ReferenceInputs):
-        return reference
-    if reference == "auto":
-        return GeneratedText() if _writes(language_model(module)) else TaskInputs()
-    if reference == "inputs":
-        return TaskInputs()
-    if reference == "generated":
-        require_language_model(module)
-        return GeneratedText()
-    if isinstance(reference, str):
-        raise ValueError(
-            f'reference={reference!r} is unknown: use "generated", "inputs", "auto", a dataloader or ReferenceInputs'
-        )
-    return ReferenceInputs(reference)
-
-
 def require_language_model(module: nn.Module) -> Any:
     """The causal or image-text transformers model in a module.
 
@@ -259,7 +227,7 @@ def require_language_model(module: nn.Module) -> Any:
         ValueError: if there is none.
     """
     model = language_model(module)
-    if model is None or not _writes(model):
+    if model is None or not writes(model):
         found = "no transformers model that generates text" if model is None else f"only {type(model).__name__}"
         raise ValueError(
             "text of the model's own needs a causal or image-text model of transformers, and the module holds "
@@ -282,7 +250,8 @@ def _model_inputs(batch: Any) -> Mapping[str, Any] | None:
     return found[0] if len(found) == 1 else None
 
 
-def _writes(model: Any) -> bool:
+def writes(model: Any) -> bool:
+    """Whether something is a transformers model that can generate text from its begin token."""
     return model is not None and not model.config.is_encoder_decoder and begin_token_of(model) is not None
 
 

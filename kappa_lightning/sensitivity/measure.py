@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from kappa_lightning.probes.inputs import GeneratedText, ReferenceInputs, resolve_reference
+from kappa_lightning.probes.inputs import GeneratedText, ReferenceInputs
+from kappa_lightning.probes.resolving import resolve_reference
+from kappa_lightning.probes.synthesized import SynthesizedInputs
 from kappa_lightning.processes import Processes
 from kappa_lightning.restoring import modes_restored
 from kappa_lightning.sensitivity.fisher import sensitivities
 from kappa_lightning.sensitivity.gradients import differentiating
+from kappa_lightning.sensitivity.path import signals_along
 from kappa_lightning.sensitivity.row import SensitivityRow
 from kappa_lightning.sensitivity.settings import SensitivitySettings
-from kappa_lightning.sensitivity.signal import signals
+from kappa_lightning.sensitivity.signal import OPTIMIZERS, signals
 from kappa_lightning.sensitivity.trial import KEPT, Trial, margins
 from kappa_lightning.weights import Weight
 
@@ -95,17 +98,54 @@ class Measurement:
             with self.watch("Signal", self._share(len(self.batches))) as tick:
                 losses = (self._step(number, tick) for number in self._numbers(len(self.batches)))
                 signal = signals(self.weights, losses, optimizer, processes=self.processes, scale=self.loss_scale)
-            with modes_restored(self.module):
-                self.module.eval()
-                prepared = self._prepare(asked)
-                total = self._share(len(prepared)) * draws if isinstance(prepared, Sized) else 0
-                with self.watch("Sensitivity", total) as tick:
-                    outputs = self._outputs(asked, prepared, tick)
-                    sensitivity, rows = sensitivities(
-                        self.weights, outputs, draws=draws, seed=self.seed, processes=self.processes
-                    )
-            self.settle()
-        settings = SensitivitySettings(optimizer, "gradient", str(asked), len(self.batches), rows, self.seed)
+            return self._with_sensitivity(asked, signal, optimizer, "gradient", draws)
+
+    def by_path(self, optimizers: Sequence[Optimizer], optimizer: str = "adam", draws: int = 1) -> Result:
+        """Signal along the first steps of training, one for each batch, and sensitivity from gradients at the start.
+
+        It takes as many passes as :meth:`by_gradients`, a copy of the candidates, and what the optimizers keep of them.
+
+        Args:
+            optimizers: those that will train; they are as they were afterwards.
+            optimizer: of which kind they are, ``"adam"`` or ``"sgd"``.
+            draws: of labels for each batch of the reference.
+
+        Raises:
+            TypeError: if what the model says cannot be told.
+            ValueError: if there is no batch, a loss is no finite scalar, or the optimizers' rates are too high.
+        """
+        if not self.batches:
+            raise ValueError("the train dataloader gave no batch: there is no task to measure a signal of")
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={optimizer!r} is unknown: use one of {', '.join(map(repr, OPTIMIZERS))}")
+        asked = resolve_reference(self.reference, self.module)
+        with differentiating(self.module, self.weights):
+            # Every process takes all steps, each of which needs the one before.
+            with self.watch("Signal", len(self.batches)) as tick:
+                signal = signals_along(
+                    self.weights,
+                    lambda number: self._step(number, tick)(),
+                    optimizers,
+                    steps=len(self.batches),
+                    scale=self.loss_scale,
+                    settle=self.settle,
+                )
+            return self._with_sensitivity(asked, signal, optimizer, "path", draws)
+
+    def _with_sensitivity(
+        self, asked: ReferenceInputs, signal: dict[str, float], optimizer: str, method: str, draws: int
+    ) -> Result:
+        with modes_restored(self.module):
+            self.module.eval()
+            prepared = self._prepare(asked)
+            total = self._share(len(prepared)) * draws if isinstance(prepared, Sized) else 0
+            with self.watch("Sensitivity", total) as tick:
+                outputs = self._outputs(asked, prepared, tick)
+                sensitivity, rows = sensitivities(
+                    self.weights, outputs, draws=draws, seed=self.seed, processes=self.processes
+                )
+        self.settle()
+        settings = SensitivitySettings(optimizer, method, str(asked), len(self.batches), rows, self.seed)
         return self._rows(signal, sensitivity), settings
 
     def by_trial(self, optimizers: Sequence[Optimizer], steps: int = 32) -> Result:
@@ -164,8 +204,9 @@ class Measurement:
         return step
 
     def _prepare(self, asked: ReferenceInputs) -> Any:
-        written = steps_of(asked)
-        with (self.watch if written else _silent)("Generating text", written) as tick:
+        steps = steps_of(asked, len(self.batches))
+        description = "Generating text" if isinstance(asked, GeneratedText) else "Synthesizing inputs"
+        with (self.watch if steps else _silent)(description, steps) as tick:
             task = (self._placed(batch, self.place) for batch in self.batches)
             return asked.prepare(self.module, task, watch=tick)
 
@@ -209,8 +250,10 @@ class Measurement:
         return [_row(weight, signal[weight.name], sensitivity[weight.name]) for weight in self.weights]
 
 
-def steps_of(reference: ReferenceInputs) -> int:
-    """How many steps a progress bar of generating counts."""
+def steps_of(reference: ReferenceInputs, batches: int) -> int:
+    """How many steps a progress bar of making the reference counts."""
+    if isinstance(reference, SynthesizedInputs):
+        return reference.steps * batches
     if not isinstance(reference, GeneratedText):
         return 0
     return math.ceil(reference.num_sequences / max(reference.batch_size, 16)) * (reference.num_tokens - 1)

@@ -84,16 +84,18 @@ class SensitivityProfile:
             module: the pretrained model; its modes are those in which it will train.
             batches: some batches of the new task (16 are enough for most), on any device.
             loss: ``loss(module, batch)`` returns the new task's loss, a scalar mean, with a graph.
-            reference: what the model is asked about: ``"generated"``, ``"inputs"``, ``"auto"``, any batches, or
-                :class:`~kappa_lightning.probes.ReferenceInputs`.
+            reference: what the model is asked about: ``"generated"``, ``"synthesized"``, ``"inputs"``, ``"auto"``, any
+                batches, or :class:`~kappa_lightning.probes.ReferenceInputs`.
             optimizer: what will train: ``"adam"`` (and all that scale each entry's step) or ``"sgd"``.
             include: globs and groups of what is measured.
             exclude: globs and groups of what is left out of that.
             train_vectors: whether biases, norms and other vectors are measured, too, each by itself.
             draws: how often labels are drawn for each batch of the reference, with gradients.
-            method: ``"gradient"``, or ``"trial"``: all candidates train for some steps, and each one's movement is
-                taken back in turn (:func:`~kappa_lightning.sensitivity.trial.margins`).
-            optimizers: of a trial, those that will train, with their rates; they are left as they were, too.
+            method: ``"gradient"``; ``"path"``: the signal is summed along a step of training for each batch
+                (:func:`~kappa_lightning.sensitivity.path.signals_along`), which tells more of a model that is
+                confidently wrong at the start; or ``"trial"``: all candidates train for some steps, and each one's
+                movement is taken back in turn (:func:`~kappa_lightning.sensitivity.trial.margins`).
+            optimizers: of a path or a trial, those that will train, with their rates; they are left as they were, too.
             steps: of a trial.
             seed: of the labels that are drawn, and of the text that the model generates.
             progress: whether to show a progress bar on standard error.
@@ -130,7 +132,9 @@ class SensitivityProfile:
         if method == "gradient":
             return cls(*measurement.by_gradients(optimizer, draws))
         if optimizers is None:
-            raise ValueError('method="trial" trains for some steps: give optimizers=[…], those that will train')
+            raise ValueError(f'method="{method}" trains for some steps: give optimizers=[…], those that will train')
+        if method == "path":
+            return cls(*measurement.by_path(optimizers, optimizer, draws))
         return cls(*measurement.by_trial(optimizers, steps))
 
     @property

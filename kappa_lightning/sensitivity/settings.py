@@ -7,8 +7,9 @@ from typing import Any
 
 from kappa_lightning.sensitivity.signal import OPTIMIZERS
 
-METHODS = ("gradient", "trial")
-"""Where the figures come from: gradients at the start, or the movement of a short training run."""
+METHODS = ("gradient", "path", "trial")
+"""Where the figures come from: gradients at the start, the same but for a signal along the first steps of training, or
+what the movement of a short training run has changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class SensitivitySettings:
 
     Attributes:
         optimizer: what the signal is of: ``"adam"`` or ``"sgd"``.
-        method: ``"gradient"`` or ``"trial"``.
+        method: ``"gradient"``, ``"path"`` or ``"trial"``.
         reference: what the model was asked about, in words.
         batches: of the new task, how many there were.
         rows: of the reference, how many outputs were sampled.

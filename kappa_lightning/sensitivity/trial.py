@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from kappa_lightning.processes import Processes
 from kappa_lightning.restoring import modes_restored
 from kappa_lightning.sensitivity.gradients import clear, require_finite
+from kappa_lightning.sensitivity.lending import lent
 from kappa_lightning.sensitivity.signal import backward
 from kappa_lightning.weights import Weight
 
@@ -93,7 +94,7 @@ def margins(
         with torch.no_grad():
             before = trial.describe()
         trial.settle()
-    with _lent(optimizers, parameters) as starts:
+    with lent(optimizers, parameters) as starts:
         for number in range(steps):
             clear(weights)
             backward(trial.step(number))
@@ -135,47 +136,6 @@ def _taken_back(
     require_finite({name: value for name, (_, value) in found.items()}, "sensitivity")
     least = _LEAST * math.fsum(sensitivity.values()) / len(sensitivity)
     return signal, {name: max(value, least) for name, value in sensitivity.items()}
-
-
-@contextmanager
-def _lent(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> Iterator[dict[int, Tensor]]:
-    """Let optimizers move parameters, of which it yields copies by id, and put both back."""
-    starts = {id(parameter): parameter.detach().clone() for parameter in parameters}
-    kept = [_Kept(optimizer) for optimizer in optimizers]
-    try:
-        for optimizer in optimizers:
-            optimizer.state.clear()
-            for group in optimizer.param_groups:
-                # A warm-up begins near zero, where nothing would move.
-                group["lr"] = group.get("initial_lr", group["lr"])
-        yield starts
-    finally:
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.detach().copy_(starts[id(parameter)])
-        for each in kept:
-            each.restore()
-
-
-class _Kept:
-    """An optimizer's state, groups and attributes, as they were."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.attributes = dict(vars(optimizer))
-        self.state = dict(optimizer.state)
-        self.groups = [dict(group) for group in optimizer.param_groups]
-
-    def restore(self) -> None:
-        attributes = vars(self.optimizer)
-        for name in attributes.keys() - self.attributes.keys():
-            del attributes[name]
-        attributes.update(self.attributes)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(self.state)
-        for group, before in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group.clear()
-            group.update(before)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def direct_profile(module, seed=0, batches=3):
 
 
 def test_choice_is_that_of_the_profile_of_the_untrained_module(tmp_path):
-    callback, module = SensitivityFreezeCallback(num_tensors=2), TinyNet()
+    callback, module = SensitivityFreezeCallback(num_tensors=2, method="gradient"), TinyNet()
     expected = direct_profile(TinyNet())
     fit(tmp_path, module, callback)
     # The embedding is no candidate.
@@ -67,7 +67,7 @@ def test_without_a_budget_the_set_of_least_predicted_forgetting_trains(tmp_path)
     assert callback.selected_names == callback.profile.select()
 
 
-@pytest.mark.parametrize("method", ["gradient", "trial"])
+@pytest.mark.parametrize("method", ["gradient", "path", "trial"])
 def test_run_in_which_everything_trains_is_that_without_the_callback(tmp_path, method):
     def run(*callbacks):
         torch.manual_seed(11)
@@ -192,7 +192,7 @@ def test_mixed_precision_measures_in_that_precision(tmp_path):
     seen = []
     module = TinyNet()
     module.head.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
-    callback = SensitivityFreezeCallback(num_tensors=1)
+    callback = SensitivityFreezeCallback(num_tensors=1, method="gradient")
     fit(tmp_path, module, callback, precision="bf16-mixed")
     assert set(seen) == {torch.bfloat16}
     expected = direct_profile(TinyNet())
@@ -397,7 +397,7 @@ class Mixture(TinyNet):
         return self.head(mixed)
 
 
-@pytest.mark.parametrize("method", ["gradient", "trial"])
+@pytest.mark.parametrize("method", ["gradient", "path", "trial"])
 def test_single_experts_train_and_the_others_stay(tmp_path, method):
     callback, module = (
         SensitivityFreezeCallback(num_tensors=2, include=("experts",), experts="each", method=method),
@@ -410,9 +410,9 @@ def test_single_experts_train_and_the_others_stay(tmp_path, method):
     moved = [f"experts[{i}]" for i in range(3) if not torch.equal(module.experts[i], before[i])]
     assert moved == sorted(callback.selected_names)
     assert len(moved) == 2
-    whole = SensitivityFreezeCallback(num_tensors=1, include=("experts",))
+    whole = SensitivityFreezeCallback(num_tensors=1, include=("experts",), method=method)
     fit(tmp_path, Mixture(), whole)
-    if method == "gradient":
+    if method != "trial":
         for figure in ("signal", "sensitivity"):
             parts = sum(getattr(row, figure) for row in callback.profile)
             assert getattr(whole.profile["experts"], figure) == pytest.approx(parts, rel=1e-4)

@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from kappa_lightning import AccuracyProbe, Probe
-from kappa_lightning.probes.inputs import GeneratedText, ReferenceInputs, TaskInputs, resolve_reference
+from kappa_lightning.probes.inputs import GeneratedText, ReferenceInputs, TaskInputs
 from kappa_lightning.probes.output import Bernoulli, Gaussian
+from kappa_lightning.probes.resolving import resolve_reference
+from kappa_lightning.probes.synthesized import SynthesizedInputs
 
 IMAGE = 9
 
@@ -163,9 +165,9 @@ def test_encoder_decoder_is_asked_at_its_labels():
         resolve_reference("generated", module)
 
 
-def test_auto_is_text_of_the_models_own_where_it_can_write_and_the_tasks_inputs_elsewhere():
+def test_auto_is_text_of_the_models_own_where_it_can_write_and_synthesized_inputs_elsewhere():
     assert isinstance(resolve_reference("auto", Language()), GeneratedText)
-    assert isinstance(resolve_reference("auto", Classifier()), TaskInputs)
+    assert isinstance(resolve_reference("auto", Classifier()), SynthesizedInputs)
     assert isinstance(resolve_reference("auto", Language(llava())), GeneratedText)
 
 

@@ -31,7 +31,7 @@ class Plain(Net):
 def choose(name: str, root: Path) -> dict[str, Any]:
     processes, make = STRATEGIES[name]
     found: dict[str, Any] = {}
-    for method in ("gradient", "trial"):
+    for method in ("gradient", "path", "trial"):
         callback = SensitivityFreezeCallback(num_tensors=2, method=method, batches=5, exclude=())
         module = Plain()
         before = snapshot(module)

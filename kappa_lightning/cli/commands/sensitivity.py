@@ -37,8 +37,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="of a MODEL: examples in a batch")
     parser.add_argument("--batches", type=int, default=16, metavar="N", help="how many batches of the task are used")
     parser.add_argument(
-        "--reference", default="auto", choices=["auto", "generated", "inputs"],
-        help="what the model is asked about: text of its own, or the task's inputs",
+        "--reference", default="auto", choices=["auto", "generated", "synthesized", "inputs"],
+        help="what the model is asked about: text of its own, inputs that it synthesizes, or the task's inputs",
     )  # fmt: skip
     parser.add_argument("--sequences", type=int, default=64, metavar="N", help="how many sequences it generates")
     parser.add_argument("--include", nargs="+", default=["*"], metavar="GLOB", help="only tensors with these names")
@@ -115,7 +115,9 @@ def _of_model(args: Namespace) -> SensitivityProfile:
 def _reference(args: Namespace) -> Any:
     from kappa_lightning.probes.inputs import GeneratedText
 
-    return args.reference if args.reference == "inputs" else GeneratedText(args.sequences, seed=args.seed)
+    return (
+        args.reference if args.reference in ("synthesized", "inputs") else GeneratedText(args.sequences, seed=args.seed)
+    )
 
 
 def text_batches(tokenizer: Any, file: Path, tokens: int, batch_size: int, count: int) -> list[dict[str, Any]]:
