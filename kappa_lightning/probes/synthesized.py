@@ -50,7 +50,7 @@ class SynthesizedInputs(TaskInputs):
     def __init__(
         self,
         steps: int = 32,
-        rate: float = 0.1,
+        rate: float = 0.3,
         output: Output | None = None,
         seed: int = 0,
         required: bool = True,

@@ -1,0 +1,133 @@
+"""The signal along the first steps against sums that are made by hand in float64."""
+
+import copy
+
+import pytest
+import torch
+from tiny import random_state, snapshot
+from torch import nn
+
+from kappa_lightning.probes import TaskInputs
+from kappa_lightning.sensitivity import SensitivityProfile
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4))
+
+
+torch.manual_seed(1)
+BATCHES = [(torch.randn(8, 3), torch.randint(4, (8,))) for _ in range(3)]
+NAMES = ("0.weight", "2.weight")
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def profile_of(model, optimizer, **options):
+    return SensitivityProfile.from_model(
+        model, BATCHES, loss, reference=TaskInputs(), method="path", optimizers=[optimizer], progress=False, **options
+    )
+
+
+def by_hand(model, optimizer):
+    """−Σ_t g_t·(w_(t+1) − w_t) of the two matrices, of which alone move."""
+    found = dict.fromkeys(NAMES, 0.0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in NAMES)
+    for batch in BATCHES:
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        before = {name: model.get_parameter(name).detach().clone() for name in NAMES}
+        gradients = {name: model.get_parameter(name).grad.clone() for name in NAMES}
+        optimizer.step()
+        for name in NAMES:
+            moved = model.get_parameter(name).detach().double() - before[name].double()
+            found[name] -= float((gradients[name].double() * moved).sum())
+    return found
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_signal_is_the_sum_of_gradient_times_movement(make):
+    # Adam moves the entries by 1e-4 of their size, where single precision would lose the difference.
+    other = network()
+    expected = by_hand(other, make(other.parameters(), lr=1e-4))
+    model = network()
+    profile = profile_of(model, make(model.parameters(), lr=1e-4))
+    for name in NAMES:
+        assert profile[name].signal == pytest.approx(expected[name], rel=1e-6)
+    assert profile.settings.method == "path"
+
+
+def test_signals_add_up_to_the_fall_of_the_loss():
+    whole = (torch.cat([batch[0] for batch in BATCHES]), torch.cat([batch[1] for batch in BATCHES]))
+    model, other = network(), network()
+    profile = SensitivityProfile.from_model(
+        model, [whole] * 20, loss, reference=TaskInputs(), method="path",
+        optimizers=[torch.optim.SGD(model.parameters(), lr=0.01)], progress=False,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD([other.get_parameter(name) for name in NAMES], lr=0.01)
+    start = loss(other, whole).item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss(other, whole).backward()
+        optimizer.step()
+    assert sum(row.signal for row in profile) == pytest.approx(start - loss(other, whole).item(), rel=0.01)
+
+
+def test_sensitivity_is_that_of_the_weights_at_the_start():
+    model = network()
+    path = profile_of(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    at_start = SensitivityProfile.from_model(network(), BATCHES, loss, reference=TaskInputs(), progress=False)
+    for row in at_start:
+        assert path[row.name].sensitivity == row.sensitivity
+
+
+def test_path_changes_nothing():
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loss(model, BATCHES[0]).backward()
+    optimizer.step()
+    before, numbers, state = snapshot(model), random_state(), copy.deepcopy(optimizer.state_dict())
+    gradient = model[0].weight.grad.clone()
+    profile_of(model, optimizer)
+    assert random_state() == numbers
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
+    assert torch.equal(model[0].weight.grad, gradient)
+    for index, entries in state["state"].items():
+        assert all(torch.equal(entries[key], optimizer.state_dict()["state"][index][key]) for key in entries)
+
+
+def test_rate_that_is_too_high_is_an_error_that_says_so_and_puts_the_weights_back():
+    model = network()
+    model[2].register_forward_hook(lambda layer, inputs, output: output * layer.weight.square().sum().exp())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"in step \d of training to measure signals.*train with a lower rate"):
+        profile_of(model, torch.optim.SGD(model.parameters(), lr=1e4))
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
+
+
+def test_scale_of_the_loss_leaves_the_signal():
+    from kappa_lightning.sensitivity.gradients import differentiating
+    from kappa_lightning.sensitivity.path import signals_along
+    from kappa_lightning.weights import find_weights
+
+    found = {}
+    for scale in (1.0, 1024.0):
+        model = network()
+        weights = find_weights(model)
+        with differentiating(model, weights):
+            found[scale] = signals_along(
+                weights,
+                lambda number, model=model: loss(model, BATCHES[number]),
+                [torch.optim.SGD(model.parameters(), lr=0.1)],
+                steps=3,
+                scale=scale,
+            )
+    assert found[1.0] == pytest.approx(found[1024.0], rel=1e-6)
+
+
+def test_path_needs_an_optimizer():
+    with pytest.raises(ValueError, match=r'method="path".*give optimizers=\[…\]'):
+        SensitivityProfile.from_model(network(), BATCHES, loss, method="path", progress=False)
