@@ -65,7 +65,9 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measured(folder: Path, problems: Path, sequences: int, examples: int, layers: int | None) -> dict[str, float]:
+def measured(
+    folder: Path, problems: Path, sequences: int, examples: int, layers: int | None, autocast: bool
+) -> dict[str, float]:
     """One profile in this process."""
     model, tokenizer = load(folder, layers)
     batches = encode(tokenizer, problems / "train.jsonl", examples, 4)
@@ -73,6 +75,8 @@ def measured(folder: Path, problems: Path, sequences: int, examples: int, layers
     seconds: dict[str, float] = {}
     weights = included(find_weights(model), model, ("*",), ("@embeddings",))
     measurement = Measurement(model, weights, batches, loss, GeneratedText(sequences, 96, batch_size=4))
+    if autocast:
+        measurement.precision = partial(torch.autocast, "cpu", torch.bfloat16)
 
     @contextmanager
     def watch(description: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -126,13 +130,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--problems", type=Path, required=True)
+    parser.add_argument("--autocast", action="store_true", help="under bfloat16 autocast, as precision='bf16-mixed'")
     parser.add_argument("--quick", action="store_true", help="only the first line")
     args = parser.parse_args()
     line = "{:<34} {:>6} {:>7} {:>12} {:>7}   {:>8} {:>9} {:>7}"
     print(line.format("", "text", "signal", "sensitivity", "total", "MiB more", "gradient", "model"))
     runs = [(24, 32, None), (12, 32, None), (24, 16, None), (24, 32, 15)]
     for sequences, examples, layers in runs[:1] if args.quick else runs:
-        found = alone(partial(measured, args.model, args.problems, sequences, examples, layers))
+        found = alone(partial(measured, args.model, args.problems, sequences, examples, layers, args.autocast))
         name = f"{sequences} sequences, {examples} examples" + ("" if layers is None else f", {layers} layers")
         times = [f"{found[key]:.1f}" for key in ("Generating text", "Signal", "Sensitivity", "total")]
         print(line.format(name, *times, *(f"{found[key]:,.0f}" for key in ("beyond", "gradient", "model"))), flush=True)

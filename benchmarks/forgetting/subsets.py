@@ -30,12 +30,11 @@ from benchmarks.forgetting.digits import DigitReader, Digits, InvertedDigits
 from benchmarks.forgetting.subsets_page import write_page
 from kappa_lightning import SensitivityProfile
 from kappa_lightning.probes import Categorical, SynthesizedInputs, TaskInputs
-from kappa_lightning.sensitivity.choice import predicted_forgetting
 from kappa_lightning.sensitivity.row import SensitivityRow
 from recipes.shared.schedule import warmup_cosine
 
 EVIDENCE = Path(__file__).parent / "evidence"
-COUNT = 24
+COUNT = 16
 STEPS = 300
 LEVEL = 1.0
 EVERY = 6
@@ -151,7 +150,7 @@ def at_its_rate(start: Start, names: list[str]) -> tuple[float, float, float]:
 def estimators(start: Start) -> dict[str, Predict]:
     """The predictions of a network's subsets: one for each method and reference, and for Adam's signal."""
     batches = start.batches()
-    references = {
+    references: dict[str, Any] = {
         "inputs": TaskInputs(),
         "synthesized": SynthesizedInputs(),
         "unlabeled digits": [start.unlabeled[i : i + 32] for i in range(0, len(start.unlabeled), 32)],
@@ -167,16 +166,22 @@ def estimators(start: Start) -> dict[str, Predict]:
             )  # fmt: skip
             profiles[f"{method}, {reference}"] = profile
             found[f"{method}, {reference}"] = profile.forgetting
+    for reference in references:
+        gradient, path = (profiles[f"{method}, {reference}"] for method in ("gradient", "path"))
+        found[f"path without pairs, {reference}"] = SensitivityProfile(list(path)).forgetting
+        found[f"path signal, diagonal, {reference}"] = with_signals({row.name: row.signal for row in path}, gradient)
     signals = adam_signals(start, batches)
-    rows = [
-        SensitivityRow(row.name, row.shape, signals[row.name], row.sensitivity, row.num_parameters)
-        for row in profiles["gradient, synthesized"]
-    ]
-    found["Σ ḡ²/√E g², synthesized"] = lambda names: predicted_forgetting([row for row in rows if row.name in names])
+    found["Σ ḡ²/√E g², diagonal, synthesized"] = with_signals(signals, profiles["gradient, synthesized"])
     sizes = start.sizes()
     found["fewest parameters"] = lambda names: float(sum(sizes[name] for name in names))
     found["most parameters"] = lambda names: -float(sum(sizes[name] for name in names))
     return found
+
+
+def with_signals(signals: dict[str, float], profile: SensitivityProfile) -> Predict:
+    """The predictions of a profile whose signals are others."""
+    rows = [SensitivityRow(r.name, r.shape, signals[r.name], r.sensitivity, r.num_parameters) for r in profile]
+    return SensitivityProfile(rows).forgetting
 
 
 def adam_signals(start: Start, batches: list[list[Tensor]]) -> dict[str, float]:

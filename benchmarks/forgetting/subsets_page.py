@@ -14,7 +14,7 @@ from kappa_lightning.files import write_text
 
 DRAWS = 1000
 _MEASURED = ("seed", "number", "kind", "parameters", "rate", "nats", "kept", "tensors")
-_SHOWN = ("gradient, inputs", "path, inputs", "path, synthesized", "path, unlabeled digits")
+_SHOWN = ("gradient, inputs", "path signal, diagonal, synthesized", "path, synthesized", "path, unlabeled digits")
 Row = dict[str, str]
 
 

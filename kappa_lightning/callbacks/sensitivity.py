@@ -68,7 +68,8 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             task's own inputs), ``"auto"`` (the first of these that the model can), a dataloader without labels, or
             :class:`~kappa_lightning.probes.ReferenceInputs`.
         method: ``"gradient"``: the signal is that of the mean gradient at the start; ``"path"``: it is summed along one
-            step of training for each batch, on weights that are put back afterwards; ``"trial"``: all candidates train
+            step of training for each batch, on weights that are put back afterwards, and the sensitivity is measured
+            along what these steps moved, of all pairs of tensors, too; ``"trial"``: all candidates train
             for ``2 · batches`` steps, each one's movement is taken back in turn, and the loss and the divergence are
             measured by forward passes alone. ``"auto"`` is ``"gradient"`` for what generates its text and ``"path"``
             for all others, which may be confidently wrong at the start.
@@ -203,8 +204,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         if not self.scale_rates:
             return Choice(profile.select_within(self.budget), profile, parts=parts)
         names = [row.name for row in profile.rank()] if self.budget is None else profile.select_within(self.budget)
-        within = SensitivityProfile([profile[name] for name in names], profile.settings)
-        rates = {name: rate for name, rate in within.rates().items() if rate > 0}
+        rates = {name: rate for name, rate in profile.among(names).rates().items() if rate > 0}
         return Choice([name for name in names if name in rates], profile, rates, parts)
 
     @override
@@ -267,7 +267,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         found = [text for texts in processes.gather(list(known.differences(module))) for text in texts]
         if found:
             raise ValueError(found[0])
-        return SensitivityProfile([known[weight.name] for weight in candidates], known.settings)
+        return known.among([weight.name for weight in candidates])
 
     def _measure(
         self,
@@ -301,8 +301,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             if self.method == "trial":
                 return SensitivityProfile(*measurement.by_trial(trainer.optimizers, 2 * self.batches))
             if self.method == "path" or (self.method == "auto" and not isinstance(reference, GeneratedText)):
-                kind = self._optimizer(trainer, candidates)
-                return SensitivityProfile(*measurement.by_path(trainer.optimizers, kind, self.draws))
+                return SensitivityProfile(*measurement.by_path(trainer.optimizers))
             return SensitivityProfile(*measurement.by_gradients(self._optimizer(trainer, candidates), self.draws))
 
     def _optimizer(self, trainer: pl.Trainer, candidates: Sequence[Weight]) -> str:

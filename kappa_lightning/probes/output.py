@@ -45,6 +45,17 @@ class OutputDistribution(ABC):
             top_k: of a softmax, how many of the likeliest classes are kept; all if ``None``. Others ignore it.
         """
 
+    def embed(self) -> Tensor:
+        """These distributions as one point φ, a flat tensor whose squared distances are twice the summed divergence.
+
+        To second order, ‖φ(p) − φ(q)‖² = 2·Σ KL(p ‖ q) nats; for probabilities p the entries are 2√p (Amari &
+        Nagaoka, Methods of Information Geometry, section 2.5). Needed for ``method="path"`` of a sensitivity.
+
+        Raises:
+            TypeError: if a class does not say it.
+        """
+        raise TypeError(f'{type(self).__name__} defines no embed(): define it, or use method="gradient"')
+
     @abstractmethod
     def divergence(self, reference: Described) -> Tensor:
         """KL(p ‖ q) in nats of these distributions q from what they were, p, shape (n,), differentiable.
@@ -89,6 +100,16 @@ class Categorical(OutputDistribution):
         """See :func:`kappa_lightning.probes.distributions.describe`."""
         return describe(self.logits.detach(), top_k)
 
+    def embed(self) -> Tensor:
+        """Of all rows and classes, 2√p.
+
+        Example:
+            >>> p, q = (Categorical(torch.tensor([[w, 1 - w]]).log()) for w in (0.5, 0.501))
+            >>> round((p.embed() - q.embed()).square().sum().item() / (2 * q.divergence(p.describe()).item()), 1)
+            1.0
+        """
+        return 2 * self.logits.float().softmax(-1).sqrt().flatten()
+
     def divergence(self, reference: Described) -> Tensor:
         """See :func:`kappa_lightning.probes.distributions.divergence`."""
         return divergence(reference, self.logits)
@@ -123,6 +144,10 @@ class Bernoulli(OutputDistribution):
     def describe(self, top_k: int | None = None) -> Described:
         """The logits."""
         return {"logits": self.logits.detach().cpu()}
+
+    def embed(self) -> Tensor:
+        """Of all rows and labels, 2√p and 2√(1 − p)."""
+        return 2 * torch.stack([self.logits.sigmoid(), (-self.logits).sigmoid()]).sqrt().flatten()
 
     def divergence(self, reference: Described) -> Tensor:
         """Σ over labels of p ln(p/q) + (1 − p) ln((1 − p)/(1 − q))."""
@@ -170,6 +195,10 @@ class Gaussian(OutputDistribution):
         """The means."""
         return {"mean": self.mean.detach().cpu()}
 
+    def embed(self) -> Tensor:
+        """Of all rows and outputs, the mean in units of the scale."""
+        return (self.mean / self.scale).flatten()
+
     def divergence(self, reference: Described) -> Tensor:
         """Σ over outputs of (μ_p − μ_q)² / 2σ², the scale being these distributions' for both."""
         before = reference["mean"].to(self.mean.device)
@@ -204,6 +233,10 @@ class Joint(OutputDistribution):
         """What each part gives, with its number in front of the names."""
         each = [part.describe(top_k) for part in self.parts]
         return {f"{number}.{name}": value for number, kept in enumerate(each) for name, value in kept.items()}
+
+    def embed(self) -> Tensor:
+        """Those of the parts, one after the other."""
+        return torch.cat([part.embed() for part in self.parts])
 
     def divergence(self, reference: Described) -> Tensor:
         """Those of the parts, one after the other."""

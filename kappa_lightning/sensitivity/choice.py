@@ -8,6 +8,11 @@ from collections.abc import Iterable, Sequence
 from kappa_lightning.selection import Budget, take
 from kappa_lightning.sensitivity.row import SensitivityRow
 
+NOTHING = (
+    "there is nothing to train: no candidate has both a signal (a gradient of the new task) and a sensitivity (the "
+    "reference reaches it)"
+)
+
 
 def mean_square_step(row: SensitivityRow, optimizer: str) -> float:
     """The mean squared movement of an entry at unit rate, m: 1 under Adam, Σḡ_i²/n = b/n under gradient descent."""
@@ -75,10 +80,7 @@ def choose(rows: Sequence[SensitivityRow], budget: Budget | None, optimizer: str
     """
     usable = [row for row in rows if value(row, optimizer) > 0]
     if not usable:
-        raise ValueError(
-            "there is nothing to train: no candidate has both a signal (a gradient of the new task) and a sensitivity "
-            "(the reference reaches it)"
-        )
+        raise ValueError(NOTHING)
     if budget is not None:
         return take(ranked(rows, optimizer), budget)
     order = sorted(usable, key=lambda row: (cost(row, optimizer) / row.signal, row.name))

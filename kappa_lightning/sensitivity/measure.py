@@ -21,10 +21,11 @@ from kappa_lightning.processes import Processes
 from kappa_lightning.restoring import modes_restored
 from kappa_lightning.sensitivity.fisher import sensitivities
 from kappa_lightning.sensitivity.gradients import differentiating
+from kappa_lightning.sensitivity.interactions import Matrix, interactions
 from kappa_lightning.sensitivity.path import signals_along
 from kappa_lightning.sensitivity.row import SensitivityRow
 from kappa_lightning.sensitivity.settings import SensitivitySettings
-from kappa_lightning.sensitivity.signal import OPTIMIZERS, signals
+from kappa_lightning.sensitivity.signal import signals
 from kappa_lightning.sensitivity.trial import KEPT, Trial, margins
 from kappa_lightning.weights import Weight
 
@@ -33,6 +34,7 @@ Tick = Callable[[int], None]
 Watch = Callable[[str, int], AbstractContextManager[Tick]]
 """A progress bar: from a description and a number of steps to a context that yields what counts them."""
 Result = tuple[list[SensitivityRow], SensitivitySettings]
+PathResult = tuple[list[SensitivityRow], SensitivitySettings, Matrix]
 
 
 @contextmanager
@@ -98,31 +100,40 @@ class Measurement:
             with self.watch("Signal", self._share(len(self.batches))) as tick:
                 losses = (self._step(number, tick) for number in self._numbers(len(self.batches)))
                 signal = signals(self.weights, losses, optimizer, processes=self.processes, scale=self.loss_scale)
-            return self._with_sensitivity(asked, signal, optimizer, "gradient", draws)
+            with modes_restored(self.module):
+                self.module.eval()
+                prepared = self._prepare(asked)
+                total = self._share(len(prepared)) * draws if isinstance(prepared, Sized) else 0
+                with self.watch("Sensitivity", total) as tick:
+                    outputs = self._outputs(asked, prepared, tick)
+                    sensitivity, rows = sensitivities(
+                        self.weights, outputs, draws=draws, seed=self.seed, processes=self.processes
+                    )
+            self.settle()
+        settings = SensitivitySettings(optimizer, "gradient", str(asked), len(self.batches), rows, self.seed)
+        return self._rows(signal, sensitivity), settings
 
-    def by_path(self, optimizers: Sequence[Optimizer], optimizer: str = "adam", draws: int = 1) -> Result:
-        """Signal along the first steps of training, one for each batch, and sensitivity from gradients at the start.
+    def by_path(self, optimizers: Sequence[Optimizer]) -> PathResult:
+        """Signal along the first steps of training, one for each batch, and sensitivity along what they have moved.
 
-        It takes as many passes as :meth:`by_gradients`, a copy of the candidates, and what the optimizers keep of them.
+        It takes a forward pass over the reference for each candidate, two copies of the candidates, and what the
+        optimizers keep of them. The third of what it returns is the sensitivities of all pairs
+        (:func:`~kappa_lightning.sensitivity.interactions.interactions`), the diagonal of which the rows have.
 
         Args:
             optimizers: those that will train; they are as they were afterwards.
-            optimizer: of which kind they are, ``"adam"`` or ``"sgd"``.
-            draws: of labels for each batch of the reference.
 
         Raises:
-            TypeError: if what the model says cannot be told.
+            TypeError: if what the model says cannot be told, or not as a point.
             ValueError: if there is no batch, a loss is no finite scalar, or the optimizers' rates are too high.
         """
         if not self.batches:
             raise ValueError("the train dataloader gave no batch: there is no task to measure a signal of")
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer={optimizer!r} is unknown: use one of {', '.join(map(repr, OPTIMIZERS))}")
         asked = resolve_reference(self.reference, self.module)
         with differentiating(self.module, self.weights):
             # Every process takes all steps, each of which needs the one before.
             with self.watch("Signal", len(self.batches)) as tick:
-                signal = signals_along(
+                signal, moved = signals_along(
                     self.weights,
                     lambda number: self._step(number, tick)(),
                     optimizers,
@@ -130,23 +141,20 @@ class Measurement:
                     scale=self.loss_scale,
                     settle=self.settle,
                 )
-            return self._with_sensitivity(asked, signal, optimizer, "path", draws)
-
-    def _with_sensitivity(
-        self, asked: ReferenceInputs, signal: dict[str, float], optimizer: str, method: str, draws: int
-    ) -> Result:
-        with modes_restored(self.module):
-            self.module.eval()
-            prepared = self._prepare(asked)
-            total = self._share(len(prepared)) * draws if isinstance(prepared, Sized) else 0
-            with self.watch("Sensitivity", total) as tick:
-                outputs = self._outputs(asked, prepared, tick)
-                sensitivity, rows = sensitivities(
-                    self.weights, outputs, draws=draws, seed=self.seed, processes=self.processes
-                )
-        self.settle()
-        settings = SensitivitySettings(optimizer, method, str(asked), len(self.batches), rows, self.seed)
-        return self._rows(signal, sensitivity), settings
+            with modes_restored(self.module):
+                self.module.eval()
+                prepared = list(self._prepare(asked))
+                self.settle()
+                passes = self._share(len(prepared)) * (1 + len(self.weights))
+                with self.watch("Sensitivity", passes) as tick, torch.no_grad():
+                    outputs = self._outputs(asked, prepared, tick)
+                    matrix, rows = interactions(
+                        self.weights, moved, outputs, processes=self.processes, settle=self.settle
+                    )
+            self.settle()
+        settings = SensitivitySettings("adam", "path", str(asked), len(self.batches), rows, self.seed)
+        along = {weight.name: max(0.0, float(matrix[i, i])) for i, weight in enumerate(self.weights)}
+        return self._rows(signal, along), settings, matrix
 
     def by_trial(self, optimizers: Sequence[Optimizer], steps: int = 32) -> Result:
         """Signal and sensitivity from a short training run, whose movement is taken back tensor by tensor.

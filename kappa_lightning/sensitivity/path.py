@@ -23,7 +23,7 @@ def signals_along(
     steps: int,
     scale: float = 1.0,
     settle: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[int, Tensor]]:
     """The signal b of each candidate along the first steps of training.
 
     All candidates train for some steps t, from w_0 to w_steps. With g_t the gradient before step t,
@@ -36,7 +36,7 @@ def signals_along(
     the path sees both, and that gradients that turn or are noise achieve little.
 
     Call it within :func:`~kappa_lightning.sensitivity.gradients.differentiating`. Weights and optimizers are put back
-    bit for bit, also if it fails. It takes a copy of the candidates, and what the optimizers keep of them.
+    bit for bit, also if it fails. It takes two copies of the candidates, and what the optimizers keep of them.
 
     Args:
         weights: the candidates.
@@ -47,7 +47,8 @@ def signals_along(
         settle: called when forward passes are over, before a weight is changed from outside.
 
     Returns:
-        b by name, in units of the loss; 0 for a tensor that moved against its gradients.
+        b by name, in units of the loss, 0 for a tensor that moved against its gradients; and by how much each parameter
+        moved, by its id.
 
     Raises:
         ValueError: if a loss is no finite scalar: at a later step, the rate is too high.
@@ -59,12 +60,12 @@ def signals_along(
         >>> module = nn.ParameterDict({"w": nn.Parameter(torch.ones(2, 2))})
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-        >>> signals_along(find_weights(module), lambda number: (x * module["w"]).sum(), [optimizer], steps=2)
+        >>> signals_along(find_weights(module), lambda number: (x * module["w"]).sum(), [optimizer], steps=2)[0]
         {'w': 5.0}
     """
     parameters: list[nn.Parameter] = list({id(p): p for weight in weights for p in weight.parameters}.values())
     totals = {weight.name: 0.0 for weight in weights}
-    with lent(optimizers, parameters):
+    with lent(optimizers, parameters) as starts:
         for number in range(steps):
             clear(weights)
             try:
@@ -88,8 +89,9 @@ def signals_along(
                 totals[weight.name] -= _product(weight)
         clear(weights)
         settle()
+        moved = {id(p): p.detach() - starts[id(p)] for p in parameters}
     require_finite(totals, "signal")
-    return {name: max(0.0, total) for name, total in totals.items()}
+    return {name: max(0.0, total) for name, total in totals.items()}, moved
 
 
 def _product(weight: Weight) -> float:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,10 +15,12 @@ from kappa_lightning.parts import split_into_parts
 from kappa_lightning.selection import Budget
 from kappa_lightning.sensitivity.choice import choose, learning_rates, predicted_forgetting, ranked, value
 from kappa_lightning.sensitivity.file import read_sensitivity_file, write_sensitivity_file
+from kappa_lightning.sensitivity.interactions import Matrix
 from kappa_lightning.sensitivity.measure import Measurement
 from kappa_lightning.sensitivity.progress import progress_bar
 from kappa_lightning.sensitivity.row import SensitivityRow
 from kappa_lightning.sensitivity.settings import METHODS, SensitivitySettings
+from kappa_lightning.sensitivity.together import forgetting_together, least_together
 from kappa_lightning.weights import Weight, find_weights, included, plain_parameters
 
 
@@ -33,9 +36,11 @@ class SensitivityProfile:
     Args:
         rows: the rows, with distinct names.
         settings: what they were measured with.
+        interactions: of all pairs of rows what they change together,
+            :func:`~kappa_lightning.sensitivity.interactions.interactions`; a choice then takes it into account.
 
     Raises:
-        ValueError: if two rows have one name.
+        ValueError: if two rows have one name, or the pairs are not those of the rows.
 
     Example:
         >>> rows = [
@@ -51,13 +56,21 @@ class SensitivityProfile:
         {'quiet': 1.8, 'loud': 0.2}
     """
 
-    def __init__(self, rows: Iterable[SensitivityRow], settings: SensitivitySettings | None = None) -> None:
+    def __init__(
+        self,
+        rows: Iterable[SensitivityRow],
+        settings: SensitivitySettings | None = None,
+        interactions: Matrix | None = None,
+    ) -> None:
         self._rows: dict[str, SensitivityRow] = {}
         for row in rows:
             if row.name in self._rows:
                 raise ValueError(f"two rows are called {row.name}")
             self._rows[row.name] = row
         self.settings = settings or SensitivitySettings()
+        self.interactions = interactions
+        if interactions is not None and interactions.shape != (len(self._rows), len(self._rows)):
+            raise ValueError(f"interactions have shape {interactions.shape} for {len(self._rows)} rows: give all pairs")
 
     @classmethod
     def from_model(
@@ -92,9 +105,11 @@ class SensitivityProfile:
             train_vectors: whether biases, norms and other vectors are measured, too, each by itself.
             draws: how often labels are drawn for each batch of the reference, with gradients.
             method: ``"gradient"``; ``"path"``: the signal is summed along a step of training for each batch
-                (:func:`~kappa_lightning.sensitivity.path.signals_along`), which tells more of a model that is
-                confidently wrong at the start; or ``"trial"``: all candidates train for some steps, and each one's
-                movement is taken back in turn (:func:`~kappa_lightning.sensitivity.trial.margins`).
+                (:func:`~kappa_lightning.sensitivity.path.signals_along`), and sensitivity is that along what the
+                steps have moved, with what tensors change together
+                (:func:`~kappa_lightning.sensitivity.interactions.interactions`); or ``"trial"``: all candidates train
+                for some steps, and each one's movement is taken back in turn
+                (:func:`~kappa_lightning.sensitivity.trial.margins`).
             optimizers: of a path or a trial, those that will train, with their rates; they are left as they were, too.
             steps: of a trial.
             seed: of the labels that are drawn, and of the text that the model generates.
@@ -134,7 +149,7 @@ class SensitivityProfile:
         if optimizers is None:
             raise ValueError(f'method="{method}" trains for some steps: give optimizers=[…], those that will train')
         if method == "path":
-            return cls(*measurement.by_path(optimizers, optimizer, draws))
+            return cls(*measurement.by_path(optimizers))
         return cls(*measurement.by_trial(optimizers, steps))
 
     @property
@@ -170,6 +185,8 @@ class SensitivityProfile:
 
     def select_within(self, budget: Budget | None) -> list[str]:
         """:meth:`select` under a budget that is made already."""
+        if self.interactions is not None:
+            return least_together(list(self), self.interactions, budget)
         return choose(list(self), budget, self.optimizer)
 
     def value(self, name: str) -> float:
@@ -209,7 +226,22 @@ class SensitivityProfile:
         missing = sorted(name for name in chosen if name not in self._rows)
         if missing:
             raise KeyError(f"the profile has no row for {missing[0]}: it was measured with other patterns")
+        if self.interactions is not None:
+            return forgetting_together(list(self), self.interactions, chosen)
         return predicted_forgetting([self._rows[name] for name in chosen], self.optimizer)
+
+    def among(self, names: Sequence[str]) -> SensitivityProfile:
+        """The profile of some of the rows, in the order of their names here.
+
+        Raises:
+            KeyError: if a name has no row.
+        """
+        places = {name: place for place, name in enumerate(self._rows)}
+        matrix = self.interactions
+        if matrix is not None:
+            chosen = [places[name] for name in names]
+            matrix = matrix[np.ix_(chosen, chosen)]
+        return SensitivityProfile([self._rows[name] for name in names], self.settings, matrix)
 
     def check(self, module: nn.Module) -> None:
         """Make sure that this is the profile of a module's present weights.
@@ -259,7 +291,10 @@ class SensitivityProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as plain lists, numbers and strings, for a checkpoint or a file."""
-        return {"settings": self.settings.to_dict(), "rows": [row.to_dict() for row in self]}
+        state: dict[str, Any] = {"settings": self.settings.to_dict(), "rows": [row.to_dict() for row in self]}
+        if self.interactions is not None:
+            state["interactions"] = self.interactions.tolist()
+        return state
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> SensitivityProfile:
@@ -267,7 +302,9 @@ class SensitivityProfile:
         if not isinstance(state["rows"], list):
             raise ValueError(f"its rows are a {type(state['rows']).__name__}, not a list")
         rows = [SensitivityRow.from_dict(entry) for entry in state["rows"]]
-        return cls(rows, SensitivitySettings.from_dict(state["settings"]))
+        return cls(
+            rows, SensitivitySettings.from_dict(state["settings"]), _matrix_of(state.get("interactions"), len(rows))
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -288,6 +325,18 @@ class SensitivityProfile:
 
     def __repr__(self) -> str:
         return f"SensitivityProfile({len(self)} tensors, {self.settings.optimizer}, {self.settings.method})"
+
+
+def _matrix_of(entries: Any, count: int) -> Matrix | None:
+    if entries is None:
+        return None
+    try:
+        matrix = np.array(entries, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError("its interactions are no matrix of numbers") from error
+    if matrix.shape != (count, count) or not np.isfinite(matrix).all():
+        raise ValueError(f"its interactions are no finite matrix of {count} by {count}")
+    return matrix
 
 
 def vectors_of(module: nn.Module, *, trainable: bool = True) -> list[Weight]:

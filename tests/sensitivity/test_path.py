@@ -76,12 +76,63 @@ def test_signals_add_up_to_the_fall_of_the_loss():
     assert sum(row.signal for row in profile) == pytest.approx(start - loss(other, whole).item(), rel=0.01)
 
 
-def test_sensitivity_is_that_of_the_weights_at_the_start():
+def movements(lr):
+    """By how much the path moves the two matrices."""
+    model, start = network(), network()
+    by_hand(model, torch.optim.SGD(model.parameters(), lr=lr))
+    return {name: (model.get_parameter(name) - start.get_parameter(name)).detach().double() for name in NAMES}
+
+
+def test_interactions_are_those_of_the_full_fisher_information_along_the_movements():
+    model, moved = network(), movements(0.05)
+    profile = profile_of(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    exact = network().double()
+    parameters = [exact.get_parameter(name) for name in NAMES]
+    x = torch.cat([batch[0] for batch in BATCHES]).double()
+    expected = torch.zeros(2, 2, dtype=torch.float64)
+    for row in x:
+        log_p = exact(row[None])[0].log_softmax(-1)
+        for k in range(4):
+            g = torch.autograd.grad(log_p[k], parameters, retain_graph=True)
+            score = torch.stack([(one * moved[name]).sum() for one, name in zip(g, NAMES, strict=True)])
+            expected += log_p[k].exp().detach() * torch.outer(score, score) / len(x)
+    assert profile.interactions == pytest.approx(expected.numpy(), rel=2e-2)
+    assert [row.sensitivity for row in profile] == pytest.approx(profile.interactions.diagonal())
+    assert profile.settings.rows == 24
+
+
+def test_predicted_forgetting_is_the_divergence_of_moving_all_chosen_together():
+    # Half the matrix' sum is the KL to second order, with what tensors do together.
+    model, moved = network(), movements(0.02)
+    profile = profile_of(model, torch.optim.SGD(model.parameters(), lr=0.02))
+    x = torch.cat([batch[0] for batch in BATCHES]).double()
+    for names in (NAMES, NAMES[:1], NAMES[1:]):
+        start, end = network().double(), network().double()
+        with torch.no_grad():
+            for name in names:
+                end.get_parameter(name).add_(moved[name])
+            p, q = start(x).log_softmax(-1), end(x).log_softmax(-1)
+        divergence = float((p.exp() * (p - q)).sum(-1).mean())
+        signal = sum(profile[name].signal for name in names)
+        assert profile.forgetting(names) == pytest.approx(2 * divergence / signal**2, rel=0.05)
+    alone = sum(profile[name].sensitivity for name in NAMES)
+    assert profile.interactions.sum() > 1.2 * alone  # so the terms between tensors matter here
+
+
+def test_profile_with_interactions_is_saved_and_loaded(tmp_path):
     model = network()
-    path = profile_of(model, torch.optim.SGD(model.parameters(), lr=0.5))
-    at_start = SensitivityProfile.from_model(network(), BATCHES, loss, reference=TaskInputs(), progress=False)
-    for row in at_start:
-        assert path[row.name].sensitivity == row.sensitivity
+    profile = profile_of(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    profile.save(tmp_path / "profile.json")
+    loaded = SensitivityProfile.load(tmp_path / "profile.json")
+    assert loaded == profile
+    assert loaded.forgetting(NAMES) == profile.forgetting(NAMES)
+    assert loaded.among(NAMES[1:]).interactions == pytest.approx(profile.interactions[1:, 1:])
+    state = profile.to_dict()
+    for wrong in ([[1.0]], [[float("nan")] * 2] * 2, "no"):
+        with pytest.raises(ValueError, match="its interactions are no"):
+            SensitivityProfile.from_dict(state | {"interactions": wrong})
+    with pytest.raises(ValueError, match=r"shape \(2, 2\) for 1 rows"):
+        SensitivityProfile([next(iter(profile))], interactions=profile.interactions)
 
 
 def test_path_changes_nothing():
@@ -124,7 +175,7 @@ def test_scale_of_the_loss_leaves_the_signal():
                 [torch.optim.SGD(model.parameters(), lr=0.1)],
                 steps=3,
                 scale=scale,
-            )
+            )[0]
     assert found[1.0] == pytest.approx(found[1024.0], rel=1e-6)
 
 
