@@ -119,7 +119,7 @@ def test_measuring_logs_nothing(tmp_path):
 
 def test_tensorboard_gets_the_ranking(tmp_path):
     logger = pl.loggers.TensorBoardLogger(tmp_path, name="", version="")
-    callback = SensitivityFreezeCallback(num_tensors=1)
+    callback = SensitivityFreezeCallback(num_tensors=1, method="gradient")
     fit(tmp_path, TinyNet(), callback, logger=logger)
     (event,) = events(tmp_path).Tensors("sensitivity/ranking/text_summary")
     text = event.tensor_proto.string_val[0].decode()
@@ -139,7 +139,7 @@ def sgd(module):
 
 
 def test_signal_is_that_of_the_optimizer_that_trains(tmp_path):
-    callback = SensitivityFreezeCallback(num_tensors=1)
+    callback = SensitivityFreezeCallback(num_tensors=1, method="gradient")
     fit(tmp_path, TinyNet(sgd), callback)
     assert callback.profile.optimizer == "sgd"
     assert callback.profile["hidden.weight"].signal != pytest.approx(direct_profile(TinyNet())["hidden.weight"].signal)
@@ -236,7 +236,7 @@ def test_several_optimizers_are_supported_where_the_module_says_its_loss(tmp_pat
         def adaptation_loss(self, batch):
             return self.loss(batch)
 
-    callback, module = SensitivityFreezeCallback(num_tensors=1), Says(two)
+    callback, module = SensitivityFreezeCallback(num_tensors=1, method="gradient"), Says(two)
     fit(tmp_path, module, callback)
     assert callback.selected_names == direct_profile(TinyNet()).select(num_tensors=1)
     assert callback.profile.optimizer == "adam"
@@ -412,8 +412,46 @@ def test_single_experts_train_and_the_others_stay(tmp_path, method):
     assert len(moved) == 2
     whole = SensitivityFreezeCallback(num_tensors=1, include=("experts",), method=method)
     fit(tmp_path, Mixture(), whole)
+    parts = {figure: sum(getattr(row, figure) for row in callback.profile) for figure in ("signal", "sensitivity")}
+    if method == "path":  # which knows what the experts change together
+        parts["sensitivity"] = callback.profile.interactions.sum()
     if method != "trial":
-        for figure in ("signal", "sensitivity"):
-            parts = sum(getattr(row, figure) for row in callback.profile)
-            assert getattr(whole.profile["experts"], figure) == pytest.approx(parts, rel=1e-4)
+        for figure, value in parts.items():
+            assert getattr(whole.profile["experts"], figure) == pytest.approx(value, rel=5e-2)
     callback.profile.check(Mixture().requires_grad_(True))
+
+
+class Seeing(pl.LightningModule):
+    """A classifier of images, which are what it can change."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+
+    def forward(self, images):
+        return self.net(images)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def test_classifier_of_images_is_asked_on_what_it_synthesizes_along_what_it_moves(tmp_path):
+    numbers = torch.Generator().manual_seed(1)
+    images, labels = torch.rand(16, 1, 4, 4, generator=numbers), torch.randint(3, (16,), generator=numbers)
+    data = DataLoader(TensorDataset(images, labels), batch_size=8)
+    callback, module = SensitivityFreezeCallback(num_tensors=1), Seeing()
+    fit(tmp_path, module, callback, data=data)
+    other = Seeing()
+    expected = SensitivityProfile.from_model(
+        other, list(data), lambda net, batch: net.training_step(batch, 0), reference="synthesized", method="path",
+        optimizers=[other.configure_optimizers()], progress=False,
+    )  # fmt: skip
+    assert callback.profile.settings == expected.settings
+    assert callback.profile.interactions == pytest.approx(expected.interactions, rel=1e-4)
+    assert callback.selected_names == expected.select(num_tensors=1)
+    moved = [name for name, p in module.named_parameters() if not torch.equal(p, Seeing().get_parameter(name))]
+    assert moved == callback.trained_names
