@@ -97,13 +97,13 @@ def test_freeze_callback_takes_the_arguments_of_the_design_in_its_order():
 
 
 def test_monitor_takes_the_arguments_of_the_design_in_its_order():
-    assert positional(KappaMonitor) == [("every_n_epochs", 1), ("tensors", "trainable"), ("figures", True)]
+    assert positional(KappaMonitor) == [("every_n_epochs", None), ("tensors", "trainable"), ("figures", True)]
 
 
 def test_forgetting_eval_takes_the_arguments_of_the_design_in_its_order():
     assert positional(ForgettingEval) == [
         ("probes", REQUIRED),
-        ("every_n_epochs", 1),
+        ("every_n_epochs", None),
         ("min_retention", None),
         ("on_breach", "stop"),
     ]

@@ -19,6 +19,7 @@ from kappa_lightning.anchoring.objective import Kind
 from kappa_lightning.anchoring.outputs import without_noise
 from kappa_lightning.anchoring.pull import pull_back
 from kappa_lightning.anchoring.strength import Strength, check_strength
+from kappa_lightning.arguments import as_count
 from kappa_lightning.callbacks.anchor_references import AnchorReferences, Source, TaskPart
 from kappa_lightning.callbacks.extra_gradient import add_gradient, will_step
 from kappa_lightning.callbacks.keyed import Keyed
@@ -148,9 +149,7 @@ class PretrainedAnchor(Keyed):
         check_strength(strength, max_divergence, adaptation_rate)
         if not isinstance(weight_pull, int | float) or not 0 <= weight_pull < float("inf"):
             raise ValueError(f"weight_pull={weight_pull!r} must be a number of at least 0")
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps!r} must be an int of at least 1")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = as_count(every_n_steps, "every_n_steps")
         self.weight_pull = weight_pull
         self.new_task_divergence = new_task_divergence
         self._strength = Strength(strength, max_divergence, rate=adaptation_rate)

@@ -15,6 +15,7 @@ from kappa_lightning.anchoring.batches import keep, load_batches, num_samples, s
 from kappa_lightning.anchoring.objective import Kind, Objective, bytes_of, estimated_bytes
 from kappa_lightning.anchoring.outputs import without_noise
 from kappa_lightning.anchoring.pretrained import PretrainedState, call_pretrained
+from kappa_lightning.arguments import as_count
 from kappa_lightning.callbacks.pretrained import PretrainedKeeper
 from kappa_lightning.callbacks.progress import track
 from kappa_lightning.probes.generated import language_model
@@ -67,8 +68,7 @@ class AnchorReferences:
     ) -> None:
         sizes = {"batches": batches, "batch_size": batch_size, "num_tokens": num_tokens, "max_bytes": max_bytes}
         for argument, value in (sizes if top_k is None else {**sizes, "top_k": top_k}).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{argument}={value!r} must be an int of at least 1")
+            as_count(value, argument)
         if source not in get_args(Source):
             raise ValueError(f"source={source!r} is unknown: use one of {', '.join(map(repr, get_args(Source)))}")
         self._given: ReferenceInputs | None = None

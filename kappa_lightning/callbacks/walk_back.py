@@ -17,6 +17,7 @@ from kappa_lightning.anchoring.choice import Goal, Point, check_points, num_poin
 from kappa_lightning.anchoring.halves import HalvedProbes
 from kappa_lightning.anchoring.path import Along, WalkPath, walked
 from kappa_lightning.anchoring.table import walk_table
+from kappa_lightning.arguments import as_count
 from kappa_lightning.callbacks.evaluation import evaluate
 from kappa_lightning.callbacks.forgetting import ForgettingEval
 from kappa_lightning.callbacks.keyed import Keyed
@@ -125,8 +126,8 @@ class WalkBack(Keyed):
         ):
             raise TypeError("probes must be a dict of at least one name to a Probe")
         for argument, value in (("depth_groups", depth_groups), ("every_n_epochs", every_n_epochs)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{argument}={value!r} must be an int of at least 1")
+            if value is not None:
+                as_count(value, argument)
         if along not in get_args(Along):
             raise ValueError(f"along={along!r} is unknown: use one of {', '.join(map(repr, get_args(Along)))}")
         higher = monitor.higher_is_better if isinstance(monitor, Probe) else mode == "max"

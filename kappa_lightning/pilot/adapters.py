@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from typing_extensions import override
 
+from kappa_lightning.arguments import as_count
 from kappa_lightning.lora import lora_targets
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.weights import find_weights, plain_parameters
@@ -57,8 +58,7 @@ class LoraAdapters(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank={rank!r} must be an int of at least 1")
+        rank = as_count(rank, "rank")
         if alpha is not None and not alpha > 0:
             raise ValueError(f"alpha={alpha!r} must be above 0")
         self.rank = rank

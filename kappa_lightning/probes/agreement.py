@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kappa_lightning.arguments import as_count
 from kappa_lightning.probes.content import content_key
 from kappa_lightning.probes.distributions import describe, divergence
 from kappa_lightning.probes.logits import causal_logits
@@ -93,11 +94,8 @@ class AgreementProbe(Probe):
         max_bytes: int = 2**30,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        for argument, value in (("top_k", top_k), ("max_bytes", max_bytes)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{argument}={value!r} must be an int of at least 1")
-        self.top_k = top_k
-        self._references = References(max_bytes, directory)
+        self.top_k = None if top_k is None else as_count(top_k, "top_k")
+        self._references = References(as_count(max_bytes, "max_bytes"), directory)
         self._recording = False
         self._logits = logits or causal_logits
         super().__init__(dataloader, TokenAgreement(), self._divergences, name="agreement")

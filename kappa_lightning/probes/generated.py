@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kappa_lightning.arguments import as_count
 from kappa_lightning.files import replacing
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.restoring import modes_restored, random_numbers_restored
@@ -110,8 +111,7 @@ def generate_text(
         (torch.Size([2, 5]), [3, 3])
     """
     for argument, value in (("num_sequences", num_sequences), ("num_tokens", num_tokens), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument}={value!r} must be an int of at least 1")
+        as_count(value, argument)
     begin = begin_token_of(model) if begin_token is None else begin_token
     if begin is None:
         raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from kappa_lightning.arguments import as_count
 from kappa_lightning.probes.generated import begin_token_of, end_tokens_of, language_model
 from kappa_lightning.probes.metrics import RougeL, TextExactMatch
 from kappa_lightning.probes.probe import Probe
@@ -52,8 +53,7 @@ class GenerationProbe(Probe):
         chance: float | None = None,
         generation: Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an int of at least 1")
+        max_new_tokens = as_count(max_new_tokens, "max_new_tokens")
         made: Any = metric
         if isinstance(metric, str):
             if metric not in ("exact_match", "rouge"):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kappa_lightning.arguments import as_count
 from kappa_lightning.probes.generated import (
     IGNORED,
     begin_token_of,
@@ -154,8 +155,7 @@ class GeneratedText(ReferenceInputs):
             ("num_tokens", num_tokens),
             ("batch_size", batch_size),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{argument}={value!r} must be an int of at least 1")
+            as_count(value, argument)
         self.num_sequences = num_sequences
         self.num_tokens = num_tokens
         self.batch_size = batch_size

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tiny import Bank, TinyNet, events, fit, scripted_probe
 from torch import nn
@@ -127,6 +128,26 @@ def test_mlflow_offline_takes_pictures_and_texts(tmp_path: Path, monkeypatch: py
     fit(tmp_path, TinyNet(), _WithText(), KappaMonitor(), logger=logger)
     assert list(tmp_path.rglob("artifacts/forgetting/story/step=3.png"))
     assert next(tmp_path.rglob("artifacts/forgetting/a/samples/step=3.md")).read_text() == "| now |"
+
+
+def test_comet_offline_takes_pictures_texts_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comet_ml = pytest.importorskip("comet_ml")
+    monkeypatch.setenv("COMET_INTERNAL_SENTRY_DSN", "")  # to which it would report this run
+    logger: Any = CometLogger(online=False, offline_directory=str(tmp_path), project="tiny")
+    # Of a class whose file is there when end() returns.
+    logger._experiment = comet_ml.OfflineExperiment(
+        offline_directory=str(tmp_path), project_name="tiny", disabled=False, display_summary_level=0, log_code=False,
+        log_env_details=False, auto_output_logging=False,
+    )  # fmt: skip
+    fit(tmp_path, TinyNet(), _WithText(), KappaMonitor(), logger=logger)
+    logger._experiment.end()
+    (path,) = tmp_path.glob("*.zip")
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    messages = content["messages.json"].decode()
+    for tag in ("forgetting/story", "kappa/drift", "forgetting/retention", "kappa/median"):
+        assert tag in messages, tag
+    assert any(b"| now |" in part for part in content.values())
 
 
 def test_csv_rows_of_the_callbacks_carry_the_epoch(tmp_path: Path) -> None:
