@@ -106,4 +106,7 @@ def _finite(text: str) -> float:
 
 
 def _spearman(pairs: np.ndarray) -> float:
+    # Of a handful of subsets a bootstrap may draw one alone, which has no rank correlation.
+    if (pairs == pairs[0]).all(0).any():
+        return math.nan
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
