@@ -245,6 +245,8 @@ def _sum_of_bits(tensor: Tensor) -> Tensor | None:
         tensor = tensor.to_local()
     if not _has_memory_of_its_own(tensor) or tensor.numel() == 0:
         return None
+    if tensor.untyped_storage().nbytes() == 0:
+        return None  # a whole parameter of FSDP2, whose memory is freed when its layer has run
     tensor = tensor.detach()
     if tensor.is_contiguous() and tensor.nbytes % 8 == 0:
         return tensor.view(-1).view(torch.int64).sum()

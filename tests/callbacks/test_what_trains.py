@@ -316,6 +316,7 @@ def test_lazy_layer_that_is_no_candidate_is_frozen_or_trained_as_asked(tmp_path:
 # Other packages
 
 
+@pytest.mark.slow
 def test_twin_package_is_named(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_lightning")
     code = (

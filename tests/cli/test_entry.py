@@ -158,6 +158,7 @@ def test_stream_that_has_no_unicode_shows_the_table_in_ascii(checkpoint):
         assert part in table
 
 
+@pytest.mark.slow
 def test_reader_of_the_table_who_has_seen_enough_is_no_error(checkpoint):
     done = shell("set -o pipefail; SCAN | head -n 1; exit ${PIPESTATUS[0]}", checkpoint)
     assert (done.returncode, done.stderr.count(b"rror")) == (0, 0)
@@ -165,6 +166,7 @@ def test_reader_of_the_table_who_has_seen_enough_is_no_error(checkpoint):
     assert (closed.returncode, closed.stderr.count(b"rror")) == (0, 0)
 
 
+@pytest.mark.slow
 def test_closed_streams_are_no_error_and_get_into_no_file(checkpoint, tmp_path):
     for closing in ("2>&-", ">&-", ">&- 2>&-"):
         done = shell(f'SCAN --out "{tmp_path}/kappa.json" --figure "{tmp_path}/k.png" {closing}', checkpoint)

@@ -106,6 +106,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 def test_task_of_a_folder(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(models / "cache"))

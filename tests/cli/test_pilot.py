@@ -35,6 +35,7 @@ def written(folder, **changes):
     return path
 
 
+@pytest.mark.slow
 def test_command_runs_a_configuration_and_writes_its_page(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["pilot", str(written(tmp_path)), "--out", str(out), "--seed", "3"]) == 0

@@ -125,6 +125,7 @@ def test_retention_tells_lost_from_out_of_line_and_the_way_back(main_of: Any, tm
     assert list((tmp_path / "trained").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_language_probes_stop_a_run_that_forgets(main_of: Any, capsys: pytest.CaptureFixture[str]) -> None:
     forgetting = main_of("language_probes")
     first, last = forgetting.history[0], forgetting.history[-1]

@@ -105,6 +105,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_the_live_model(tasks: Path) -> None:
     module = model().eval()
     correct = []
@@ -124,6 +125,7 @@ def test_lm_eval_scores_the_live_model(tasks: Path) -> None:
     assert module.training
 
 
+@pytest.mark.slow
 def test_lm_eval_tasks_that_are_not_there_are_refused(tasks: Path) -> None:
     with pytest.raises(ValueError, match="knows no task 'no_such'"):
         LMEvalProbe(["no_such"], tokenizer=tokenizer(), include_path=tasks)
@@ -132,6 +134,7 @@ def test_lm_eval_tasks_that_are_not_there_are_refused(tasks: Path) -> None:
         measure_probe(model(), probe, Circumstances())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "kept"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
 def test_lm_eval_runs_under_the_trainers_precision(
     tasks: Path, tmp_path: Path, precision: Any, kept: torch.dtype

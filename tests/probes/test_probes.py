@@ -234,6 +234,7 @@ def test_similarity_of_another_batch_is_a_type_error_that_says_what_it_needs(bat
         SimilarityProbe([batch], embed=lambda module, x: x).update(nn.Identity(), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.skipif(not STSB.is_file(), reason=f"needs {STSB}")
 def test_untouched_minilm_has_its_published_sts_score():

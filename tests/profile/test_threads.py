@@ -224,6 +224,7 @@ def test_interrupted_pass_goes_on_with_only_the_rest(net, tmp_path, monkeypatch,
     assert profile == KappaProfile.from_model(net, progress=False)
 
 
+@pytest.mark.slow
 def test_no_more_weights_are_in_memory_than_there_are_workers_and_one(monkeypatch):
     alive, most = weakref.WeakSet(), 0
     weights = weights_of(*[8] * 12)

@@ -52,6 +52,7 @@ def callbacks_of(cli):
     return {type(callback).__name__: callback for callback in cli.trainer.callbacks}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_hardly_pretrained")
 def test_offline_configuration_runs_with_the_three_callbacks(tmp_path):
     config = yaml.safe_load((CONFIGS / "captioning.yaml").read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from recipes.shared import comparison, small_models, sorting
 from recipes.shared.pretraining import Schooling
 
 
+@pytest.mark.slow
 def test_the_new_task_recipe_holds_on_and_walks_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_models, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(sorting, "SCHOOLING", Schooling(steps=20, facts=32, samples=0, lr=3e-3))

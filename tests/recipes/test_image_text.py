@@ -85,6 +85,7 @@ def test_missing_sts_file_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -
     assert "nowhere.tsv" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_kappatune_on_the_real_encoder_moves_what_it_selected_and_nothing_else(
     model: ImageTextModel, tmp_path: Path
 ) -> None:
@@ -114,6 +115,7 @@ def test_kappatune_on_the_real_encoder_moves_what_it_selected_and_nothing_else(
     assert forgetting.baseline["sts"] == pytest.approx(0.6889, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_a_short_run_of_every_method_gives_its_row_and_leaves_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,7 @@ def test_line_of_another_form_is_named(tmp_path, line):
         read_answers(file)
 
 
+@pytest.mark.slow
 def test_a_short_run_of_every_method_gives_its_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(small_models, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(sorting, "SCHOOLING", Schooling(steps=40, facts=32, samples=0, lr=3e-3))

@@ -36,6 +36,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return on_ranks(adapt, "one", tmp_path_factory.mktemp("one"), ranks=1)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "distributed"),
     [
@@ -83,6 +84,7 @@ def begin_reversed(name: str, root: Path, distributed: bool, path: str | None) -
     return result | {"path": saves.best_model_path}
 
 
+@pytest.mark.slow
 def test_states_of_an_optimizer_in_another_order_go_to_their_parameters_or_are_refused(tmp_path: Path) -> None:
     """A single file of FSDP2 sorts them by the module; loading goes by the optimizer."""
     (whole,) = on_ranks(adapt, "one", tmp_path, ranks=1)

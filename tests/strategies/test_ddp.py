@@ -182,6 +182,7 @@ def test_processes_that_would_train_different_tensors_stop() -> None:
         on_ranks(modules_that_differ, Path())
 
 
+@pytest.mark.slow
 def test_script_of_one_process_runs_on_two(tmp_path: Path) -> None:
     """The issue that Lightning's own BackboneFinetuning has: unused parameters without find_unused_parameters."""
     assert all(result["steps"] == 6 for result in on_ranks(adapt, "ddp", tmp_path))

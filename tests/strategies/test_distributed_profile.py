@@ -142,6 +142,7 @@ def test_process_killed_during_the_profile_makes_the_others_stop(tmp_path: Path)
         on_ranks(fit_and_die, tmp_path, timeout=30)
 
 
+@pytest.mark.slow
 def test_process_that_hangs_during_the_profile_makes_the_others_stop_within_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match=r"(?s)rank 0: Traceback.*([Tt]imed out|Timeout).*rank 1: no end in time"):
         on_ranks(fit_and_stall, tmp_path, timeout=30)

@@ -255,6 +255,7 @@ def test_metric_that_must_not_be_added_up_is_refused(tmp_path: Path) -> None:
     assert len(on_ranks(evaluate_with, "one", tmp_path, unsynchronized, ranks=1)[0]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_each_figure_is_logged_once(tmp_path: Path, name: str) -> None:
     on_ranks(adapt, name, tmp_path, logger=True)

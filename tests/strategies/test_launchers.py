@@ -50,6 +50,7 @@ def launch(strategy: str, root: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_processes_that_lightning_starts(tmp_path: Path, strategy: str) -> None:
     (told,) = on_ranks(launch, strategy, tmp_path, ranks=1, timeout=150)

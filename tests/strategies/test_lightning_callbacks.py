@@ -242,6 +242,7 @@ def _moved(before: Tensor, now: Tensor) -> float:
     return ((now - before).abs().max() / before.abs().max()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_averaging_keeps_frozen_tensors_and_which_weights_are_measured(tmp_path: Path, processes: int) -> None:
     """Lightning swaps the averaged weights in for a validation loop; ForgettingEval, wherever it is listed, sees them.

@@ -177,6 +177,7 @@ def test_digits_are_split_the_same_way_and_inverted():
         assert torch.equal(one.tensors[0] + other.tensors[0], torch.ones_like(one.tensors[0]))
 
 
+@pytest.mark.slow
 def test_command_runs_and_writes_the_page_from_the_file_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(digits, "PRETRAINING_STEPS", 20)
     config = tmp_path / "small.toml"

@@ -20,6 +20,7 @@ def test_everything_on_a_page_is_computed_from_its_runs(name):
     assert page == (EVIDENCE / f"{name}.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_page_of_the_random_subsets_is_computed_from_its_csv():
     file = EVIDENCE / "digits_subsets.csv"
     assert subsets_page.page_of(subsets_page.read(file), file.stem) == file.with_suffix(".md").read_text("utf-8")
