@@ -11,8 +11,8 @@
 ``depth-matched:kappa 0.25``      for every layer random matrices of it, with at most as many parameters as
                                   ``kappa 0.25`` takes there
 ``… + light anchor 10``           any method with :class:`~kappa_lightning.PretrainedAnchor` of that strength on two
-                                  sequences of 48 tokens at every step, of 24 that the model wrote itself; an
-                                  image-text model on the task's batch
+                                  sequences of at most 48 tokens at every step, of 24 that the model wrote itself; the
+                                  small LLaVA, whose texts have about eight tokens, on eight of 96
 ================================  ======================================================================================
 
 Every draw is of the run's seed. All other names are those of :mod:`kappa_lightning.pilot.candidates`.
@@ -69,8 +69,8 @@ def method(name: str, task: Task, seed: int, exclude: Sequence[str] = ()) -> Can
         base, strength = method(light["base"], task, seed, exclude), float(light["strength"])
 
         def anchored(module: pl.LightningModule) -> list[Callback]:
-            inputs = "inputs" if isinstance(task, NewCaptions) else None
-            anchor = PretrainedAnchor("auto", strength, batches=12, batch_size=2, num_tokens=48, task_inputs=inputs)
+            inputs, size = ("inputs", 8) if isinstance(task, NewCaptions) else (None, 2)
+            anchor = PretrainedAnchor("auto", strength, batches=12, batch_size=size, num_tokens=48, task_inputs=inputs)
             return [*base.build(module), anchor]
 
         return Candidate(name, anchored)

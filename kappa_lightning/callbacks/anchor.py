@@ -42,7 +42,8 @@ class PretrainedAnchor(Keyed):
 
     Where D comes from:
 
-    - *references*, fixed when training starts: text that the model generates itself (``"generated"``, no data needed),
+    - *references*, fixed when training starts: text that the model generates itself (``"generated"``, no data needed;
+      an image-text model writes it without a picture, from random tokens if it has no begin token of its own),
       the task's first batches (``"inputs"``), a dataloader of yours, or a file that :meth:`save_references` wrote;
     - ``"batch"``: the task's own batch of the step (with accumulation, the last one of it).
 

@@ -24,7 +24,7 @@ from kappa_lightning.probes.inputs import (
     Output,
     ReferenceInputs,
     TaskInputs,
-    takes_images,
+    writes,
 )
 from kappa_lightning.probes.references import References
 from kappa_lightning.probes.resolving import resolve_reference
@@ -215,10 +215,7 @@ class AnchorReferences:
     def _resolved(self, module: nn.Module) -> str:
         if self.reference != "auto":
             return self.reference
-        # Text of an image-text model would need the task's images.
-        model = language_model(module)
-        writes = model is not None and isinstance(resolve_reference("auto", module), GeneratedText)
-        return "generated" if writes and not takes_images(model) else "batch"
+        return "generated" if writes(language_model(module)) else "batch"
 
     def _restored(self, batches: list[list[Any]], rank: int) -> list[Any]:
         if self.reference != "inputs":
@@ -248,7 +245,10 @@ class AnchorReferences:
     def _generated(self, module: nn.Module) -> ReferenceInputs:
         found = resolve_reference("generated", module)  # which raises if the module cannot write
         assert isinstance(found, GeneratedText)
-        return GeneratedText(self._limit * self._batch_size, self._num_tokens, self._batch_size, seed=self._seed)
+        # The task's images come one batch at a time and are not there yet; an image-text model writes without them.
+        return GeneratedText(
+            self._limit * self._batch_size, self._num_tokens, self._batch_size, seed=self._seed, images=False
+        )
 
     def _record(self, trainer: pl.Trainer, module: pl.LightningModule, keeper: PretrainedKeeper) -> None:
         assert keeper.state is not None

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,12 @@ def begin_token_of(model: Any) -> int | None:
     return None
 
 
+def has_begin_token(model: Any) -> bool:
+    """Whether a model has a token of its own that texts begin with, beside the one that ends them."""
+    configs = [getattr(model, "generation_config", None), *_configs(model)]
+    return any(getattr(config, "bos_token_id", None) is not None for config in configs)
+
+
 def end_tokens_of(model: Any) -> list[int]:
     """The tokens that end a text."""
     for config in [getattr(model, "generation_config", None), *_configs(model)]:
@@ -73,7 +79,7 @@ def generate_text(
     num_sequences: int = 64,
     num_tokens: int = 96,
     batch_size: int = 16,
-    begin_token: int | None = None,
+    begin_token: int | Literal["random"] | None = None,
     seed: int = 0,
     watch: Callable[[int], Any] | None = None,
 ) -> Batch:
@@ -92,6 +98,8 @@ def generate_text(
         num_tokens: their length at most, the begin token included.
         batch_size: how many are sampled at a time.
         begin_token: what they begin with; the model's own begin token (or end token, if it has no other) if ``None``.
+            ``"random"`` begins each with a token drawn uniformly from the vocabulary, for a model that was never taught
+            how a text begins (LLM-QAT, Liu et al., arXiv 2305.17888, section 3.1).
         seed: of the samples.
         watch: called with the number of tokens (positions) of each step, for a progress bar.
 
@@ -101,7 +109,8 @@ def generate_text(
         to and with the token before the end token.
 
     Raises:
-        ValueError: if an argument is out of range, or the model has no begin token and none is given.
+        ValueError: if an argument is out of range, the model has no begin token and none is given, or its vocabulary
+            is not known from its configuration and the begin is to be random.
 
     Example:
         >>> from torch import nn
@@ -112,21 +121,29 @@ def generate_text(
     """
     for argument, value in (("num_sequences", num_sequences), ("num_tokens", num_tokens), ("batch_size", batch_size)):
         as_count(value, argument)
+    if isinstance(begin_token, str) and begin_token != "random":
+        raise ValueError(f"begin_token={begin_token!r} is unknown: give the number of a token, 'random' or None")
     begin = begin_token_of(model) if begin_token is None else begin_token
     if begin is None:
         raise ValueError(
             f"{type(model).__name__} has neither a begin nor an end token in its configuration: give begin_token=…, "
-            "the number of a token that texts begin with"
+            "the number of a token that texts begin with, or 'random'"
         )
+    beginnings = _beginnings(model) if isinstance(begin, str) else torch.tensor([begin])
     device = next(model.parameters()).device
     parts = []
     for number, start in enumerate(range(0, num_sequences, batch_size)):
         count = min(batch_size, num_sequences - start)
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
+        first = (
+            torch.zeros(count, dtype=torch.int64, device=device)
+            if len(beginnings) == 1
+            else torch.randint(len(beginnings), (count,), generator=generator, device=device)
+        )
         prompt = {
-            "input_ids": torch.full((count, 1), begin, device=device),
+            "input_ids": beginnings.to(device)[first][:, None],
             "attention_mask": torch.ones(count, 1, dtype=torch.int64, device=device),
         }
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
         ids = continue_text(model, prompt, num_tokens - 1, generator, watch)
         parts.append(ids.cpu())
     ids = torch.cat(parts)
@@ -218,6 +235,22 @@ def split(text: Mapping[str, Tensor], batch_size: int) -> Iterator[Batch]:
     count = len(text["input_ids"])
     for start in range(0, count, batch_size):
         yield {name: tensor[start : start + batch_size] for name, tensor in text.items()}
+
+
+def _beginnings(model: Any) -> Tensor:
+    """The tokens of a vocabulary that stand for text: all but those that end one and those of images and the like."""
+    configs = _configs(model)
+    size = next((found for config in configs if (found := getattr(config, "vocab_size", None)) is not None), None)
+    if size is None:
+        raise ValueError(
+            f"{type(model).__name__} has no vocab_size in its configuration to draw a random token from: give "
+            "begin_token=…, the number of a token that texts begin with"
+        )
+    special = set(end_tokens_of(model))
+    for config in configs:
+        names = [name for name in vars(config) if name.endswith(("_token_id", "_token_index"))]
+        special |= {value for name in names if isinstance(value := getattr(config, name), int)}
+    return torch.tensor([token for token in range(size) if token not in special])
 
 
 def _before_the_end(ids: Tensor, prompt: int, ends: list[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from kappa_lightning.probes.generated import (
     continue_text,
     end_tokens_of,
     generate_text,
+    has_begin_token,
     language_model,
     split,
 )
@@ -135,7 +136,10 @@ class GeneratedText(ReferenceInputs):
         num_sequences: how many; of an image-text model at most as many samples of the task as this.
         num_tokens: their length at most; of an image-text model, how many tokens it writes.
         batch_size: sequences in a batch.
-        begin_token: what they begin with; the model's own begin token if ``None``.
+        begin_token: what they begin with, or ``"random"``, as in
+            :func:`~kappa_lightning.probes.generated.generate_text`; the model's own begin token if ``None``.
+        images: whether an image-text model writes on the task's images. Without them it writes text as a language model
+            does, from its begin token or, if it has none of its own, from random tokens: what it knew before it saw.
         text: text that was generated before (:func:`~kappa_lightning.probes.generated.load_text`), used as it is.
         seed: of the samples.
     """
@@ -145,9 +149,10 @@ class GeneratedText(ReferenceInputs):
         num_sequences: int = 64,
         num_tokens: int = 96,
         batch_size: int = 4,
-        begin_token: int | None = None,
+        begin_token: int | Literal["random"] | None = None,
         text: Mapping[str, Tensor] | None = None,
         seed: int = 0,
+        images: bool = True,
     ) -> None:
         super().__init__(())
         for argument, value in (
@@ -162,6 +167,7 @@ class GeneratedText(ReferenceInputs):
         self.begin_token = begin_token
         self.text = text
         self.seed = seed
+        self.images = images
 
     def __str__(self) -> str:
         return f"{self.num_sequences} generated sequences of up to {self.num_tokens} tokens"
@@ -173,14 +179,18 @@ class GeneratedText(ReferenceInputs):
         if self.text is not None:
             return list(split(self.text, self.batch_size))
         model = require_language_model(module)
+        begin_token = self.begin_token
         if takes_images(model):
-            return list(self._for_images(model, task, watch))
+            if self.images:
+                return list(self._for_images(model, task, watch))
+            if begin_token is None and not has_begin_token(model):
+                begin_token = "random"
         text = generate_text(
             model,
             num_sequences=self.num_sequences,
             num_tokens=self.num_tokens,
             batch_size=max(self.batch_size, 16),
-            begin_token=self.begin_token,
+            begin_token=begin_token,
             seed=self.seed,
             watch=watch,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from peft import LoraConfig, get_peft_model
 from tiny import Down, events, make_trainer, snapshot
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from kappa_lightning import AgreementProbe, PretrainedAnchor, Probe, WalkBack
 
@@ -233,3 +240,39 @@ def test_agreement_is_the_retention_along_the_way(tmp_path: Path) -> None:
     assert 0 < walk_back.alpha < 1
     was = llama()
     assert divergence(module.model, was, text) < 0.05
+
+
+def test_image_text_model_is_held_to_text_that_it_writes_without_a_picture(tmp_path):
+    # It trains on captions, with pictures; what is held is what it says where there is none.
+    torch.manual_seed(5)
+    text, vision = llama().config, {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, num_attention_heads=2, image_size=8, patch_size=4, projection_dim=8),
+        text_config=LlamaConfig(**{**text.to_dict(), "vocab_size": VOCABULARY + 1}), image_token_index=VOCABULARY,
+    )  # fmt: skip
+    pictures = [
+        {
+            "input_ids": torch.cat([torch.full((4,), VOCABULARY), row["input_ids"]]),
+            "attention_mask": torch.ones(12, dtype=torch.long),
+            "labels": torch.cat([torch.full((4,), -100), row["labels"]]),
+            "pixel_values": torch.randn(3, 8, 8),
+        }
+        for row in samples()
+    ]
+
+    class Captioner(Writer):
+        def train_dataloader(self):
+            return DataLoader(pictures, batch_size=4)
+
+        val_dataloader = train_dataloader
+
+    divergences = {}
+    for strength in (0.0, 20.0):
+        torch.manual_seed(6)
+        module = Captioner(LlavaForConditionalGeneration(config).train())
+        was, own = copy.deepcopy(module.model), own_text(module.model)
+        anchor = PretrainedAnchor(strength=strength, batches=4, batch_size=8, num_tokens=12)
+        make_trainer(tmp_path / str(strength), anchor, max_epochs=4).fit(module)
+        divergences[strength] = divergence(module.model, was, own)
+        assert all(set(batch) == {"input_ids", "attention_mask"} for batch in anchor.references)
+    assert divergences[20.0] < divergences[0.0] / 2

@@ -161,3 +161,20 @@ def test_batches_hold_every_sequence_once():
     parts = list(split(text, 3))
     assert [len(part["input_ids"]) for part in parts] == [3, 3, 1]
     assert torch.equal(torch.cat([part["input_ids"] for part in parts]), text["input_ids"])
+
+
+def test_text_begins_with_random_tokens_that_stand_for_text():
+    model = llama()
+    config = model.config
+    text = generate_text(model, num_sequences=400, num_tokens=3, batch_size=100, begin_token="random")["input_ids"]
+    special = {config.bos_token_id, config.eos_token_id}
+    assert set(text[:, 0].tolist()) == set(range(config.vocab_size)) - special
+    again = generate_text(model, num_sequences=400, num_tokens=3, batch_size=100, begin_token="random")["input_ids"]
+    assert torch.equal(text, again)
+
+
+def test_a_random_begin_needs_a_vocabulary():
+    with pytest.raises(ValueError, match="Bigrams has no vocab_size in its configuration"):
+        generate_text(Bigrams(), begin_token="random")
+    with pytest.raises(ValueError, match="begin_token='any' is unknown"):
+        generate_text(llama(), begin_token="any")

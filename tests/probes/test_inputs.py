@@ -247,6 +247,20 @@ def test_image_text_model_finds_its_inputs_inside_a_batch():
             GeneratedText(num_tokens=5).prepare(module, [unclear])
 
 
+def test_image_text_model_writes_text_without_images():
+    module = Language(llava())
+    module.model.config.text_config.bos_token_id = module.model.generation_config.bos_token_id = None
+    batches = GeneratedText(num_sequences=24, num_tokens=5, images=False).prepare(module)
+    text = torch.cat([batch["input_ids"] for batch in batches])
+    assert {tuple(batch) for batch in batches} == {("input_ids", "attention_mask")}
+    # Without a begin token of its own it begins with tokens of text, none of which stands for an image.
+    assert len(set(text[:, 0].tolist())) > 2
+    assert IMAGE not in text[:, 0].tolist()
+    module.model.config.text_config.bos_token_id = 1
+    (batch,) = GeneratedText(num_sequences=4, num_tokens=5, images=False).prepare(module)
+    assert batch["input_ids"][:, 0].tolist() == [1] * 4
+
+
 def test_image_text_model_needs_images_from_the_task():
     with pytest.raises(ValueError, match="takes images, and there is no batch of the task"):
         GeneratedText().prepare(Language(llava()), [])
