@@ -120,7 +120,7 @@ class Solver(pl.LightningModule):
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """The mean negative log-likelihood of the answers' tokens, in nats, and their number."""
         hidden = self.model.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            **{name: entry for name, entry in batch.items() if name != "labels"}
         ).last_hidden_state
         targets = batch["labels"][:, 1:]
         chosen = targets != IGNORED

@@ -50,8 +50,8 @@ class WordProblems:
         held_out: str = "16",
         batch_size: str = "4",
     ) -> None:
-        self.problems = _path(problems, "problems", "GSM8K")
-        self.text = _path(text, "text", "WIKITEXT")
+        self.problems = given_path(problems, "problems", "GSM8K")
+        self.text = given_path(text, "text", "WIKITEXT")
         self.max_tokens = int(max_tokens)
         self.counts = int(learned), int(held_out)
         self.batch_size = int(batch_size)
@@ -86,7 +86,12 @@ class WordProblems:
         }
 
 
-def _path(given: str, option: str, variable: str) -> Path:
+def given_path(given: str, option: str, variable: str) -> Path:
+    """The path that an option or, without it, an environment variable names.
+
+    Raises:
+        ValueError: if neither does, or there is nothing.
+    """
     path = given or os.environ.get(variable, "")
     if not path:
         raise ValueError(f"the task needs --option {option}=PATH, or the environment variable {variable}")

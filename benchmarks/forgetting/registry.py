@@ -8,6 +8,7 @@ from benchmarks.forgetting.captions import NewCaptions
 from benchmarks.forgetting.digits import InvertedDigits
 from benchmarks.forgetting.language import WordProblems
 from benchmarks.forgetting.scenes import TwoDigitScenes
+from benchmarks.forgetting.sight import Sight
 from benchmarks.forgetting.task import Task
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -15,5 +16,6 @@ TASKS: dict[str, Callable[..., Task]] = {
     "scenes": TwoDigitScenes,
     "captions": NewCaptions,
     "language": WordProblems,
+    "sight": Sight,
 }
 """Each takes the options of a configuration as keyword arguments."""

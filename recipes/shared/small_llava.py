@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def small_llava(
         return cached(cache, "small-llava", settings, build)
 
 
-def open_eyes(model: nn.Module, processor: Any, steps: int, seed: int) -> None:
+def open_eyes(
+    model: nn.Module, processor: Any, steps: int, seed: int, choices: Sequence[Sequence[int]] | None = None
+) -> None:
     """Teach vision tower and projector to show the language model the words for each corner of a picture.
 
     Each projected patch is read as the language model reads its own last layer, by its norm and its word embeddings:
@@ -104,10 +107,13 @@ def open_eyes(model: nn.Module, processor: Any, steps: int, seed: int) -> None:
         processor: its image processor and its tokenizer are used.
         steps: how long.
         seed: of the pictures.
+        choices: the tokens for an empty corner and each colour, for one and each form, and for one and each count; by
+            default those of the processor's tokenizer.
     """
     rng = random.Random(seed)
-    vocabulary, end = processor.tokenizer.get_vocab(), processor.tokenizer.eos_token_id
-    choices = [[end, *(vocabulary[word] for word in part)] for part in (COLOURS, SHAPES, COUNTS)]
+    if choices is None:
+        vocabulary, end = processor.tokenizer.get_vocab(), processor.tokenizer.eos_token_id
+        choices = [[end, *(vocabulary[word] for word in part)] for part in (COLOURS, SHAPES, COUNTS)]
     vision: Any = model.vision_tower
     projector: Any = model.multi_modal_projector
     language: Any = model.language_model
