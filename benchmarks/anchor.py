@@ -3,7 +3,7 @@
     python -m benchmarks.anchor [--model small|FOLDER] [--steps 5] [--threads 1]
 
 Each case runs in a process of its own, so that its peak memory is its own. A task batch is 4 sequences of 125 tokens,
-an anchor's batch 2 sequences of 96 tokens that the model generated itself. ``small`` is a random Llama of 7 M
+an anchor's batch 2 sequences of 96 tokens that the model generated itself, or of 48. ``small`` is a random Llama of 7 M
 parameters; a folder is any causal model's, such as the one that ``benchmarks.forgetting.smollm2`` makes. The figure on
 the new task, which costs a pass at every logged step alone, is off.
 """
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from kappa_lightning import PretrainedAnchor
 from kappa_lightning.weights import match_names, plain_parameters
 
-CASES = ("none", "recorded", "recorded, 64 likeliest", "forward", "task batch")
+CASES = ("none", "recorded", "recorded, 48 tokens", "recorded, 64 likeliest", "forward", "task batch")
 SMALL = "small"
 TRAINS = ("all", "gate and up")
 
@@ -88,11 +88,12 @@ def measure(name: str, case: str, trains: str, steps: int) -> dict[str, float]:
     options: dict[str, Any] = {"batch_size": 2, "batches": 4, "num_tokens": 96, "new_task_divergence": False}
     anchors: dict[str, dict[str, Any]] = {
         "recorded": {"reference": "generated", "source": "recorded"},
+        "recorded, 48 tokens": {"reference": "generated", "source": "recorded", "num_tokens": 48},
         "recorded, 64 likeliest": {"reference": "generated", "source": "recorded", "top_k": 64},
         "forward": {"reference": "generated", "source": "forward"},
         "task batch": {"reference": "batch", "output": lambda module, batch: module.model(input_ids=batch).logits},
     }
-    callbacks: list[pl.Callback] = [] if case == "none" else [PretrainedAnchor(**anchors[case], **options)]
+    callbacks: list[pl.Callback] = [] if case == "none" else [PretrainedAnchor(**{**options, **anchors[case]})]
     tokens = torch.randint(model.config.vocab_size, (4 * steps, 125), generator=torch.Generator().manual_seed(1))
     trainer = pl.Trainer(
         accelerator="cpu",
