@@ -43,10 +43,8 @@ package: $(VENV)/.package ## Build the wheel and the sdist into dist/, check the
 	build/empty/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt dist/*.whl
 	cd build && empty/bin/kappa-lightning --version && empty/bin/python -c 'import kappa_lightning; kappa_lightning.KappaFreezeCallback()'
 
-test-min: ## Run the tests with the oldest versions that pyproject.toml allows, in an environment of their own
-	$(PYTHON) -m venv $(VENV)-min
-	$(VENV)-min/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-min.txt --editable '.[dev]'
-	$(VENV)-min/bin/python -m pytest $(ARGS)
+test-min: $(VENV)-min/.dev ## Run the tests with the oldest versions that pyproject.toml allows, in an environment of their own
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)-min/bin/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 clean: ## Remove the environment and what runs wrote
 	rm -rf $(VENV) $(VENV)-min build dist runs
@@ -61,6 +59,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# NumPy 1.26 has no wheel for Python 3.13.
+$(VENV)-min/.dev: pyproject.toml constraints-min.txt
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "Python 3.11 or 3.12 is needed: make PYTHON=python3.11 …"'
+	$(PYTHON) -m venv $(VENV)-min
+	$(VENV)-min/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-min.txt --editable '.[dev]'
 	touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python

@@ -1,11 +1,15 @@
 import importlib.metadata
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 
 from kappa_lightning.cli import main
 from kappa_lightning.cli.commands import doctor
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,3 +64,13 @@ def test_what_does_not_work_is_said_and_does_not_stop_the_rest(monkeypatch, caps
     assert re.search(r"^ok  a profile", out, re.M)
     assert re.search(r"^problem: κ on cpu: κ of a 40×40 matrix is 1, and should be \d", out, re.M)
     assert re.search(r"^problem: a fit .*: ZeroDivisionError", out, re.M)
+
+
+def test_oldest_versions_are_those_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    oldest = dict(re.match(r"([\w-]+)[^>]*>=(.*)", line).groups() for line in asked if ">=" in line)
+    known = {name.replace("_", "-"): version for name, version, *_ in doctor._PACKAGES}
+    shared = known.keys() & oldest.keys()
+    assert len(shared) >= 9
+    assert {name: known[name] for name in shared} == {name: oldest[name] for name in shared}

@@ -40,7 +40,7 @@ _PACKAGES = (
     ("huggingface_hub", "0.30", False, "scanning a model of the hub's cache by its id"),
     ("peft", "0.21", False, "LoRA on a choice: lora_targets"),
     ("bitsandbytes", "0.45", False, "condition numbers of models in 8 and 4 bit"),
-    ("lm_eval", "0.4", False, "benchmarks of language models as probes"),
+    ("lm_eval", "0.4.10", False, "benchmarks of language models as probes"),
 )
 _LEAST_WIDTH = 60
 
