@@ -61,6 +61,17 @@ def test_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.
     run(python_of(page), "page", tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_example_of_the_readme_has_something_to_forget_whatever_the_seed(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = run(
+        f"import torch\ntorch.manual_seed({seed})\n" + python_of(ROOT / "README.md"), "page", tmp_path, monkeypatch
+    )
+    assert names["forgetting"].baseline["old"] > 0.8
+    assert names["forgetting"].history[-1]["forgetting/retention"] < 1.0
+
+
 def test_quickstart_runs_and_forgets_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = json.loads((DOCS / "quickstart.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
