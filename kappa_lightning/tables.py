@@ -39,18 +39,20 @@ class Group:
 
 
 def training_table(groups: Sequence[Group], *, title: str) -> str:
-    """A table of what trains and what does not, for the console; empty groups are left out."""
+    """A table of what trains and what does not, for the console, without empty groups, and without κ if unknown."""
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     table.add_column("")
-    for header in ("tensors", "parameters", "share", "κ range"):
+    headers = ["tensors", "parameters", "share"]
+    if any(group.kappas for group in groups):
+        headers.append("κ range")
+    for header in headers:
         table.add_column(header, justify="right")
     total = sum(group.num_parameters for group in groups)
     for group in groups:
         if group.num_tensors:
             share = f"{group.num_parameters / total:.1%}"
-            table.add_row(
-                group.label, f"{group.num_tensors:,}", f"{group.num_parameters:,}", share, kappa_range(group.kappas)
-            )
+            cells = (f"{group.num_tensors:,}", f"{group.num_parameters:,}", share, kappa_range(group.kappas))
+            table.add_row(group.label, *cells[: len(headers)])
     return render(table)
 
 

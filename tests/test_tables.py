@@ -104,8 +104,10 @@ def test_training_table_has_counts_shares_and_ranges():
     assert ["frozen", "12", "8,500", "85.0%", "3 – ∞"] in rows
 
 
-def test_training_table_without_kappas_leaves_the_range_empty():
-    assert ["vectors", "3", "30", "100.0%"] in lines_of(training_table([Group("vectors", 3, 30, ())], title="t"))
+def test_training_table_without_kappas_has_no_column_for_them():
+    lines = lines_of(training_table([Group("vectors", 3, 30, ())], title="t"))
+    assert ["tensors", "parameters", "share"] in lines
+    assert ["vectors", "3", "30", "100.0%"] in lines
 
 
 def test_rendered_table_has_no_colors_and_no_trailing_blanks():

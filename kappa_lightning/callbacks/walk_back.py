@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -24,7 +25,7 @@ from kappa_lightning.callbacks.keyed import Keyed
 from kappa_lightning.callbacks.pretrained import PretrainedKeeper
 from kappa_lightning.callbacks.progress import track
 from kappa_lightning.callbacks.reporting import log_figure, log_scalars, shows_pictures
-from kappa_lightning.callbacks.walk_measures import validated
+from kappa_lightning.callbacks.walk_measures import require_logged, validated
 from kappa_lightning.probes import Probe
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.weights.patterns import check_patterns
@@ -80,8 +81,8 @@ class WalkBack(Keyed):
         TypeError: if an argument has the wrong type; when training starts, if a parameter that trains is quantized.
         ValueError: if an argument is out of range; when training starts, if there are no probes, a probe cannot be
             halved, ``exclude`` matches nothing that trains, the validation loop does not run, or the weights have
-            trained already and no checkpoint says what they were; when training has ended, if ``monitor`` was not
-            logged. The trained weights are then in the module.
+            trained already and no checkpoint says what they were; after a validation loop, if it has not logged
+            ``monitor``. The trained weights are then in the module.
 
     Example:
         >>> import torch
@@ -182,6 +183,12 @@ class WalkBack(Keyed):
         self._keeper.take(trainer, pl_module, "cpu")
         assert self._keeper.state is not None
         walked(self._keeper.state, self.exclude)  # which refuses a glob that matches nothing, before training
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A wrong name should not show only when hours of training are over.
+        if isinstance(self.monitor, str) and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            require_logged(self.monitor, trainer.callback_metrics)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

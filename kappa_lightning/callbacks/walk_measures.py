@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
+from torch import Tensor
 
 from kappa_lightning.restoring import random_numbers_restored
 
@@ -45,9 +48,18 @@ def validated(trainer: pl.Trainer, monitor: str, *, keep: bool = False) -> float
             for name, metrics in before.items():
                 getattr(connector, name).clear()
                 getattr(connector, name).update(metrics)
+    require_logged(monitor, found)
+    return float(found[monitor])
+
+
+def require_logged(monitor: str, found: Mapping[str, Tensor]) -> None:
+    """Check that the validation loop logs a metric.
+
+    Raises:
+        ValueError: if it does not; the message has what it logs.
+    """
     if monitor not in found:
         raise ValueError(
             f"the validation loop logs no metric {monitor!r}, but {', '.join(sorted(found)) or 'none'}: name one of "
             "these as monitor"
         )
-    return float(found[monitor])

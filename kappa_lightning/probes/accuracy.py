@@ -23,7 +23,8 @@ class AccuracyProbe(Probe):
     Args:
         dataloader: the batches.
         logits: ``logits(module, batch)`` returns shape (..., classes) for labels of shape (...); by default
-            ``module(inputs)`` or its attribute ``logits``.
+            ``module(inputs)`` or its attribute ``logits`` (where the batch is a
+            mapping and the module has no forward, of the transformers model in it).
         chance: the accuracy of guessing. ``"uniform"`` is one over the number of classes; where one label is much more
             frequent than the others, give its share. ``None`` leaves it open.
 

@@ -58,7 +58,8 @@ class AgreementProbe(Probe):
     Args:
         dataloader: the batches, the same each time.
         logits: ``logits(module, batch)`` returns shape (batch, tokens, vocabulary); by default
-            ``module(**batch without labels)`` or its attribute ``logits``.
+            ``module(**batch without labels)`` or its attribute ``logits`` (where the batch is a
+            mapping and the module has no forward, of the transformers model in it).
         top_k: how many of p's likeliest tokens are kept; all if ``None``.
         max_bytes: what the references of one process may take, in memory or on disk.
         directory: the folder to keep them in; in memory if ``None``.

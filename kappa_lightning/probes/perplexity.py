@@ -24,7 +24,8 @@ class PerplexityProbe(Probe):
     Args:
         dataloader: the batches.
         logits: ``logits(module, batch)`` returns shape (batch, tokens, vocabulary); by default
-            ``module(**batch without labels)`` or its attribute ``logits``.
+            ``module(**batch without labels)`` or its attribute ``logits`` (where the batch is a
+            mapping and the module has no forward, of the transformers model in it).
         chance: the perplexity of a model that knows nothing of the text, such as one that knows how frequent each token
             is (at most the number of tokens in the vocabulary).
 

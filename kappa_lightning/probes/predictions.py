@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kappa_lightning.probes.logits import has_no_forward, transformers_model
 from kappa_lightning.probes.output import Bernoulli, Categorical, OutputDistribution
 
 _HELP = (
@@ -36,7 +37,7 @@ def predictions(module: nn.Module, batch: Any) -> OutputDistribution:
         return _of_mapping(module, batch)
     inputs = batch[0] if isinstance(batch, Sequence) else batch
     labels = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
-    if _has_no_forward(module):
+    if has_no_forward(module):
         raise TypeError(
             f"{type(module).__name__} defines no forward, so what it says of a batch is not known: define it, or "
             f"{_HELP}"
@@ -45,9 +46,9 @@ def predictions(module: nn.Module, batch: Any) -> OutputDistribution:
 
 
 def _of_mapping(module: nn.Module, batch: Mapping[str, Any]) -> OutputDistribution:
-    model = _transformers_model(module)
+    model = transformers_model(module)
     if model is None:
-        if _has_no_forward(module):
+        if has_no_forward(module):
             raise TypeError(
                 f"{type(module).__name__} neither holds a transformers model that returns logits nor defines a "
                 f"forward, so what it says of a batch is not known: {_HELP}"
@@ -86,27 +87,10 @@ def _counted(config: Any, batch: Mapping[str, Any], labels: Tensor | None, shape
     return counts
 
 
-def _transformers_model(module: nn.Module) -> Any | None:
-    """The outermost model of transformers that has a head: one that is made for something."""
-    for submodule in module.modules():
-        config = getattr(submodule, "config", None)
-        if hasattr(config, "is_encoder_decoder") and hasattr(type(submodule), "from_pretrained"):
-            returned = str(inspect.signature(type(submodule).forward).return_annotation)
-            if "For" in type(submodule).__name__ or "LMHead" in type(submodule).__name__ or "LM" in returned:
-                return submodule
-    return None
-
-
 def _taken(model: nn.Module, batch: Mapping[str, Any], but: Sequence[str]) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {k: v for k, v in batch.items() if k not in but and (anything or k in parameters)}
-
-
-def _has_no_forward(module: nn.Module) -> bool:
-    # LightningModule defines one that only hands on to nn.Module's, which raises.
-    defined = getattr(type(module).forward, "__qualname__", "")
-    return defined.startswith(("LightningModule.", "Module.", "_forward_unimplemented"))
 
 
 def _logits(module: nn.Module, output: Any) -> Tensor:

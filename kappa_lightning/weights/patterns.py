@@ -108,9 +108,12 @@ def match_names(
             hits = {name for name in names if fnmatchcase(name, pattern)}
             if not hits:
                 tied = [(alias, first) for alias, first in aliases.items() if fnmatchcase(alias, pattern)]
+                deeper = [name for name in names if fnmatchcase(name, f"*.{pattern}")]
                 hint = (
                     f"it matches {tied[0][0]}, which is tied to {tied[0][1]}: use that name"
                     if tied
+                    else f"{f'*.{pattern}'!r} would match {_some(deeper)}"
+                    if deeper
                     else f"the model's parameters are named like {_some(names)}"
                 )
                 raise ValueError(f"{argument}: the pattern {pattern!r} matches no parameter; {hint}")

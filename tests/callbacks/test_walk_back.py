@@ -302,6 +302,13 @@ def test_a_monitor_that_is_not_logged_leaves_the_trained_weights(tmp_path: Path)
     assert module.weight.item() == 4.0
 
 
+def test_a_monitor_that_is_not_logged_stops_the_run_after_its_first_validation(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, WalkBack(0.5, "val_los", probes={"old": cost_probe()}), max_epochs=3)
+    with pytest.raises(ValueError, match="logs no metric 'val_los'"):
+        trainer.fit(Line())
+    assert trainer.global_step == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

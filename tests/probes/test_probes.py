@@ -442,3 +442,23 @@ def test_metric_may_return_any_single_number(value):
 
     result = score(Probe([1], Two(), lambda module, batch: torch.zeros(1)), nn.Identity())
     assert (result, type(result)) == (2.0, float)
+
+
+class WithoutForward(nn.Module):
+    """What many LightningModules around a model of transformers are."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+def test_transformers_model_in_a_module_without_a_forward_is_asked(llama, sentences):
+    probe = PerplexityProbe([padded(sentences, "right")])
+    assert score(probe, WithoutForward(llama)) == score(probe, llama)
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.zeros(2, 4), "labels": torch.zeros(2)}, (torch.zeros(2, 4), None)])
+def test_module_without_a_forward_is_named_with_what_to_do(batch):
+    probe = AccuracyProbe([batch])
+    with pytest.raises(TypeError, match=r"WithoutForward .*define.* forward.*logits\(module, batch\)"):
+        probe.update(WithoutForward(nn.Linear(4, 2)), batch)

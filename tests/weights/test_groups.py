@@ -143,3 +143,8 @@ def test_groups_are_plain_strings_in_the_yaml_of_a_command_line(tmp_path):
     monitor = next(callback for callback in cli.trainer.callbacks if isinstance(callback, KappaMonitor))
     assert freeze.trained_names == ["mlp.up_proj.weight", "head.weight", "head.bias"]
     assert set(monitor.baseline) == {"mlp.up_proj.weight", "head.weight"}
+
+
+def test_pattern_without_the_name_in_front_is_told_what_would_match():
+    with pytest.raises(ValueError, match=r"'fc\.\*' matches no parameter; '\*\.fc\.\*' would match model\.fc\.weight"):
+        match_names(["model.conv.weight", "model.fc.weight"], ["fc.*"], argument="always_train", aliases={})
