@@ -68,7 +68,7 @@ def _doctor(args: Namespace) -> int:
         table.add_row(name, state, purpose)
     print_table(table, least_width=_LEAST_WIDTH)
     if _installed("lightning") and _installed("pytorch_lightning"):
-        say("note: pytorch_lightning is installed, too; import lightning.pytorch, whose Trainer these callbacks fit")
+        say("note: import lightning.pytorch, not pytorch_lightning: its Trainer does not take these callbacks")
     if not args.no_test:
         for title, test in _tests().items():
             problems += _tried(title, test)
