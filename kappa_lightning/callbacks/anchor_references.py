@@ -245,10 +245,7 @@ class AnchorReferences:
     def _generated(self, module: nn.Module) -> ReferenceInputs:
         found = resolve_reference("generated", module)  # which raises if the module cannot write
         assert isinstance(found, GeneratedText)
-        # The task's images come one batch at a time and are not there yet; an image-text model writes without them.
-        return GeneratedText(
-            self._limit * self._batch_size, self._num_tokens, self._batch_size, seed=self._seed, images=False
-        )
+        return GeneratedText(self._limit * self._batch_size, self._num_tokens, self._batch_size, seed=self._seed)
 
     def _record(self, trainer: pl.Trainer, module: pl.LightningModule, keeper: PretrainedKeeper) -> None:
         assert keeper.state is not None

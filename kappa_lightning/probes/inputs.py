@@ -126,11 +126,14 @@ class TaskInputs(ReferenceInputs):
 
 
 class GeneratedText(ReferenceInputs):
-    """Text that a causal language model samples from its begin token, or an image-text model for the task's images.
+    """Text that a causal or image-text language model samples itself, from its begin token.
 
-    An image-text model gets the images and prompts of the new task's batches (the tokens before the first label, or
-    up to the last token that stands for an image) and writes on from there; only what it writes counts. Such a batch is
-    a mapping with ``input_ids``, or has one as an entry.
+    An image-text model writes without a picture, from random tokens if it has no begin token of its own: that is what
+    it knows of language. With ``images=True`` it gets the images and prompts of the new task's batches (the tokens
+    before the first label, or up to the last token that stands for an image) and writes on from there; only what it
+    writes counts. Such a batch is a mapping with ``input_ids``, or has one as an entry. What it says there is just what
+    the new task changes, so to keep it is to learn less; pictures of your own, with other prompts, are the better
+    reference for what it saw.
 
     Args:
         num_sequences: how many; of an image-text model at most as many samples of the task as this.
@@ -138,8 +141,7 @@ class GeneratedText(ReferenceInputs):
         batch_size: sequences in a batch.
         begin_token: what they begin with, or ``"random"``, as in
             :func:`~kappa_lightning.probes.generated.generate_text`; the model's own begin token if ``None``.
-        images: whether an image-text model writes on the task's images. Without them it writes text as a language model
-            does, from its begin token or, if it has none of its own, from random tokens: what it knew before it saw.
+        images: whether an image-text model writes on the new task's images instead.
         text: text that was generated before (:func:`~kappa_lightning.probes.generated.load_text`), used as it is.
         seed: of the samples.
     """
@@ -152,7 +154,7 @@ class GeneratedText(ReferenceInputs):
         begin_token: int | Literal["random"] | None = None,
         text: Mapping[str, Tensor] | None = None,
         seed: int = 0,
-        images: bool = True,
+        images: bool = False,
     ) -> None:
         super().__init__(())
         for argument, value in (

@@ -214,7 +214,7 @@ def image_batch():
 
 def test_image_text_model_writes_on_from_the_prompts_and_images_of_the_task():
     module, batch = Language(llava()), image_batch()
-    reference = GeneratedText(num_tokens=5)
+    reference = GeneratedText(num_tokens=5, images=True)
     (found,) = reference.prepare(module, [batch])
     assert torch.equal(found["pixel_values"], batch["pixel_values"])
     for row, prompt in enumerate((batch["input_ids"][0, :7], batch["input_ids"][1, :6])):
@@ -230,7 +230,7 @@ def test_image_text_model_samples_what_one_pass_over_the_whole_text_says():
     # With every other token all but impossible, the drawn ones must be the likeliest of the whole text's pass.
     module, batch = Language(llava()), image_batch()
     module.model.lm_head.weight.data *= 200
-    reference = GeneratedText(num_tokens=5)
+    reference = GeneratedText(num_tokens=5, images=True)
     (found,) = reference.prepare(module, [batch])
     likeliest = reference.distribution(module, found).logits.argmax(-1)
     assert torch.equal(likeliest, found["labels"][found["labels"] != -100])
@@ -238,32 +238,32 @@ def test_image_text_model_samples_what_one_pass_over_the_whole_text_says():
 
 def test_image_text_model_finds_its_inputs_inside_a_batch():
     module, batch = Language(llava()), image_batch()
-    (expected,) = GeneratedText(num_tokens=5).prepare(module, [batch])
+    (expected,) = GeneratedText(num_tokens=5, images=True).prepare(module, [batch])
     for nested in ({"inputs": batch, "samples": ["a", "b"]}, (batch, torch.zeros(2))):
-        (found,) = GeneratedText(num_tokens=5).prepare(module, [nested])
+        (found,) = GeneratedText(num_tokens=5, images=True).prepare(module, [nested])
         assert torch.equal(found["input_ids"], expected["input_ids"])
     for unclear in ({"one": batch, "other": batch}, torch.zeros(2)):
         with pytest.raises(ValueError, match="hold no mapping with input_ids"):
-            GeneratedText(num_tokens=5).prepare(module, [unclear])
+            GeneratedText(num_tokens=5, images=True).prepare(module, [unclear])
 
 
 def test_image_text_model_writes_text_without_images():
     module = Language(llava())
     module.model.config.text_config.bos_token_id = module.model.generation_config.bos_token_id = None
-    batches = GeneratedText(num_sequences=24, num_tokens=5, images=False).prepare(module)
+    batches = GeneratedText(num_sequences=24, num_tokens=5).prepare(module)
     text = torch.cat([batch["input_ids"] for batch in batches])
     assert {tuple(batch) for batch in batches} == {("input_ids", "attention_mask")}
     # Without a begin token of its own it begins with tokens of text, none of which stands for an image.
     assert len(set(text[:, 0].tolist())) > 2
     assert IMAGE not in text[:, 0].tolist()
     module.model.config.text_config.bos_token_id = 1
-    (batch,) = GeneratedText(num_sequences=4, num_tokens=5, images=False).prepare(module)
+    (batch,) = GeneratedText(num_sequences=4, num_tokens=5).prepare(module)
     assert batch["input_ids"][:, 0].tolist() == [1] * 4
 
 
 def test_image_text_model_needs_images_from_the_task():
     with pytest.raises(ValueError, match="takes images, and there is no batch of the task"):
-        GeneratedText().prepare(Language(llava()), [])
+        GeneratedText(images=True).prepare(Language(llava()), [])
 
 
 def test_tokens_that_stand_for_an_image_do_not_count():
