@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kappa_lightning.profile import KappaProfile, KappaRow
+from kappa_lightning.profile import KappaRow
 from kappa_lightning.text import counted, printable
 
 if TYPE_CHECKING:
@@ -21,37 +21,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors that share a fate: their number, their parameters and, where known, their condition numbers."""
+    """Tensors that share a fate: their number, their parameters and, where known, the figures that chose them."""
 
     label: str
     num_tensors: int
     num_parameters: int
-    kappas: tuple[float, ...]
+    figures: tuple[float, ...]
 
     @classmethod
     def of(
-        cls, label: str, names: Iterable[str], sizes: Mapping[str, int], profile: KappaProfile | None = None
+        cls, label: str, names: Iterable[str], sizes: Mapping[str, int], figures: Mapping[str, float] | None = None
     ) -> Group:
-        """The group of some names, with their sizes and the κ that a profile knows of them."""
+        """The group of some names, with their sizes and those of their figures, such as κ, that are known."""
         names = list(names)
-        kappas = () if profile is None else tuple(profile[name].kappa for name in names if name in profile)
-        return cls(label, len(names), sum(sizes[name] for name in names), kappas)
+        known = () if figures is None else tuple(figures[name] for name in names if name in figures)
+        return cls(label, len(names), sum(sizes[name] for name in names), known)
 
 
-def training_table(groups: Sequence[Group], *, title: str) -> str:
-    """A table of what trains and what does not, for the console, without empty groups, and without κ if unknown."""
+def training_table(groups: Sequence[Group], *, title: str, figure: str = "κ") -> str:
+    """A table of what trains and what does not, for the console, without empty groups.
+
+    Args:
+        groups: the rows.
+        title: what stands over it.
+        figure: what the groups' figures are, whose range is a column where there are any.
+    """
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     table.add_column("")
     headers = ["tensors", "parameters", "share"]
-    if any(group.kappas for group in groups):
-        headers.append("κ range")
+    if any(group.figures for group in groups):
+        headers.append(f"{figure} range")
     for header in headers:
         table.add_column(header, justify="right")
     total = sum(group.num_parameters for group in groups)
     for group in groups:
         if group.num_tensors:
             share = f"{group.num_parameters / total:.1%}"
-            cells = (f"{group.num_tensors:,}", f"{group.num_parameters:,}", share, kappa_range(group.kappas))
+            cells = (f"{group.num_tensors:,}", f"{group.num_parameters:,}", share, figure_range(group.figures))
             table.add_row(group.label, *cells[: len(headers)])
     return render(table)
 
@@ -105,11 +111,11 @@ def format_kappa(kappa: float) -> str:
     return "∞" if math.isinf(kappa) else f"{kappa:,.0f}" if kappa >= 1000 else f"{kappa:.4g}"
 
 
-def kappa_range(kappas: Sequence[float]) -> str:
-    """The smallest and the largest κ."""
-    if not kappas:
+def figure_range(figures: Sequence[float]) -> str:
+    """The smallest and the largest of some figures, such as κ."""
+    if not figures:
         return ""
-    low, high = format_kappa(min(kappas)), format_kappa(max(kappas))
+    low, high = format_kappa(min(figures)), format_kappa(max(figures))
     return low if low == high else f"{low} – {high}"
 
 

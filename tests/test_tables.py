@@ -4,10 +4,9 @@ import re
 import pytest
 from rich.table import Table
 
-from kappa_lightning import KappaProfile
 from kappa_lightning.profile import KappaRow
 from kappa_lightning.selection import rank
-from kappa_lightning.tables import Group, format_kappa, kappa_range, ranking_markdown, render, training_table
+from kappa_lightning.tables import Group, figure_range, format_kappa, ranking_markdown, render, training_table
 
 
 def row(name, kappa, shape=(4, 3), log_volume=1.0):
@@ -75,13 +74,12 @@ def test_kappa_is_short(kappa, text):
     [((), ""), ((5.0,), "5"), ((20.0, 3.0, 7.0), "3 – 20"), ((math.inf, 2.0), "2 – ∞"), ((math.inf,) * 2, "∞")],
 )
 def test_range_is_from_the_smallest_to_the_largest(kappas, text):
-    assert kappa_range(kappas) == text
+    assert figure_range(kappas) == text
 
 
-def test_group_sums_the_sizes_of_its_tensors_and_knows_their_kappas():
-    profile = KappaProfile(ROWS)
+def test_group_sums_the_sizes_of_its_tensors_and_knows_their_figures():
     sizes = {"good": 24, "fair": 12, "bias": 5}
-    group = Group.of("trains", (name for name in ("good", "fair")), sizes, profile)
+    group = Group.of("trains", (name for name in ("good", "fair")), sizes, {"good": 1.5, "fair": 20.0})
     assert group == Group("trains", 2, 36, (1.5, 20.0))
     assert Group.of("vectors", ["bias"], sizes) == Group("vectors", 1, 5, ())
 

@@ -227,6 +227,10 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
         return "kappa/ranking", ranking_markdown(ranking, plan.selected)
 
     @override
+    def figures(self, plan: Plan[KappaProfile]) -> tuple[str, dict[str, float]]:
+        return "κ", {row.name: row.kappa for row in plan.profile}
+
+    @override
     def title(self, plan: Plan[KappaProfile]) -> str:
         allowed = parameters_allowed(plan.profile, self.budget)
         if allowed is None:

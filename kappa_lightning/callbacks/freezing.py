@@ -43,7 +43,8 @@ class FreezeCallback(Keyed, Generic[AnyProfile]):
       checkpoint holds;
     - :meth:`arguments`, the plain values that the choice depends on; a resume compares them and says what it ignores;
     - :meth:`ranking`, the Markdown table that TensorBoard gets, and its tag;
-    - ``label``, what the candidates were ranked by, for the table; and :meth:`title`, if it says more.
+    - ``label``, what the candidates were ranked by, for the table, and :meth:`figures`, what it gives a range of;
+      :meth:`title`, if it says more.
 
     Everything else is done here. Whatever :meth:`choose` raises is raised by ``fit``, with the module, the optimizers
     and the callback's attributes as they were. It is not called on a resume or if ``fit`` is called once more: then the
@@ -138,6 +139,10 @@ class FreezeCallback(Keyed, Generic[AnyProfile]):
     def label(self) -> str:
         """What the candidates are ranked by, as the table says it."""
         raise NotImplementedError
+
+    def figures(self, plan: Plan[AnyProfile]) -> tuple[str, dict[str, float]]:
+        """What the table gives a range of, and that of each candidate by name; by default nothing."""
+        return "", {}
 
     def title(self, plan: Plan[AnyProfile]) -> str:
         """What stands over the table of what trains."""
@@ -414,6 +419,7 @@ class FreezeCallback(Keyed, Generic[AnyProfile]):
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule, plan: Plan[AnyProfile]) -> None:
         if not trainer.barebones:
-            groups = plan.groups(module, label=self.label, train_vectors=self.train_vectors)
-            rank_zero_info(training_table(groups, title=self.title(plan)))
+            figure, each = self.figures(plan)
+            groups = plan.groups(module, label=self.label, train_vectors=self.train_vectors, figures=each)
+            rank_zero_info(training_table(groups, title=self.title(plan), figure=figure))
         log_text(trainer, *self.ranking(plan))

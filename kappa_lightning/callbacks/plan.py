@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from kappa_lightning.processes import Processes
-from kappa_lightning.profile import KappaProfile
 from kappa_lightning.tables import Group
 from kappa_lightning.weights import find_weights, plain_parameters
 from kappa_lightning.weights.part import Part, split_name
@@ -104,13 +103,16 @@ class Plan(Generic[AnyProfile]):
                     "they come from must be the same on both"
                 )
 
-    def groups(self, module: nn.Module, *, label: str, train_vectors: bool) -> list[Group]:
+    def groups(
+        self, module: nn.Module, *, label: str, train_vectors: bool, figures: Mapping[str, float]
+    ) -> list[Group]:
         """The parameters by what becomes of them, for a table.
 
         Args:
             module: has the parameters.
             label: what the candidates were ranked by.
             train_vectors: whether the vectors that train do so for being vectors.
+            figures: of the candidates by name.
         """
         parameters = plain_parameters(module)
         # A lazy layer's parameter has no size yet.
@@ -122,17 +124,16 @@ class Plan(Generic[AnyProfile]):
         made_of: dict[str, tuple[str, ...]] = {name: (name,) for name in rows}
         made_of |= {weight.name: (weight.name, *weight.companions) for weight in find_weights(module)}
         matrices = {name for names in made_of.values() for name in names}
-        kappas = self.profile if isinstance(self.profile, KappaProfile) else None
         chosen = set(self.selected)
         selected = {name for candidate in chosen for name in made_of[candidate]}
         passed = {name for row in self.profile if row.name not in chosen for name in made_of[row.name]}
         rest = [name for name in parameters if name in self.trained and name not in selected]
         frozen = [name for name in parameters if name in self.frozen and name not in passed | divided]
         return [
-            Group.of(f"trains: selected by {label}", selected, sizes, kappas),
+            Group.of(f"trains: selected by {label}", selected, sizes, figures),
             Group.of("trains: always_train", [n for n in rest if not train_vectors or n in matrices], sizes),
             Group.of("trains: vectors", [n for n in rest if train_vectors and n not in matrices], sizes),
-            Group.of(f"frozen by {label}", passed, sizes, kappas),
+            Group.of(f"frozen by {label}", passed, sizes, figures),
             Group.of("frozen: no candidate", [n for n in frozen if n in matrices], sizes),
             Group.of("frozen: vectors", [n for n in frozen if n not in matrices], sizes),
         ]

@@ -29,7 +29,7 @@ from kappa_lightning.probes import GeneratedText, ReferenceInputs, resolve_refer
 from kappa_lightning.probes.resolving import WORDS
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile.settings import EACH
-from kappa_lightning.selection import Budget
+from kappa_lightning.selection import Budget, parameters_allowed
 from kappa_lightning.sensitivity import SensitivityProfile
 from kappa_lightning.sensitivity.measure import Measurement
 from kappa_lightning.sensitivity.settings import METHODS
@@ -237,11 +237,21 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         return "sensitivity/ranking", sensitivity_markdown(plan.profile, plan.selected, plan.rates)
 
     @override
+    def figures(self, plan: Plan[SensitivityProfile]) -> tuple[str, dict[str, float]]:
+        if plan.rates is not None:
+            return "rate", dict(plan.rates)
+        return "b²/(c·n)", {row.name: plan.profile.value(row.name) for row in plan.profile}
+
+    @override
     def title(self, plan: Plan[SensitivityProfile]) -> str:
-        budget = self.budget or "the least predicted forgetting"
-        if self.scale_rates:
-            budget = "rates ∝ b/c" if self.budget is None else f"{self.budget}, rates ∝ b/c"
-        return f"{type(self).__name__}({budget})"
+        shown = [] if self.budget is None else [str(self.budget)]
+        shown += ["rates ∝ b/c"] if self.scale_rates else []
+        title = f"{type(self).__name__}({', '.join(shown) or 'the least predicted forgetting'})"
+        allowed = None if self.budget is None else parameters_allowed(plan.profile, self.budget)
+        if allowed is None:
+            return title
+        left = allowed - sum(plan.profile[name].num_parameters for name in plan.selected)
+        return f"{title}: {left:,} of {allowed:,} parameters are left of the budget"
 
     @override
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from kappa_lightning.probes.accuracy import AccuracyProbe
 from kappa_lightning.probes.agreement import AgreementProbe
 from kappa_lightning.probes.content import content_key
+from kappa_lightning.probes.cosine import SimilarityProbe
 from kappa_lightning.probes.generated import generate_text, load_text, save_text
 from kappa_lightning.probes.generation import GenerationProbe
 from kappa_lightning.probes.inputs import GeneratedText, ReferenceInputs, TaskInputs
@@ -11,7 +12,6 @@ from kappa_lightning.probes.output import Bernoulli, Categorical, Gaussian, Join
 from kappa_lightning.probes.perplexity import PerplexityProbe, next_token_labels
 from kappa_lightning.probes.probe import Probe, Step, known_length
 from kappa_lightning.probes.resolving import resolve_reference
-from kappa_lightning.probes.similarity import SimilarityProbe
 from kappa_lightning.probes.synthesized import SynthesizedInputs
 
 __all__ = [

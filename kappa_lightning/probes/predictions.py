@@ -26,23 +26,30 @@ def predictions(module: nn.Module, batch: Any) -> OutputDistribution:
     - *A mapping:* the transformers model in the module that returns logits, or else the module itself, is called with
       those entries that it takes. Of a causal model every token that is attended to counts, but for those that stand
       for an image; of an encoder-decoder every label.
-    - *A sequence or a tensor:* the module is called with the first entry. If the batch has integer labels, they say in
+      A module whose forward takes the mapping itself gets that.
+    - *A sequence or a tensor:* the module is called with the first entry, or with as many of the first ones as its
+      forward requires where a label follows them. If the batch has integer labels, they say in
       which dimension the classes are; without labels the last one is taken for classes.
 
     Raises:
-        TypeError: if the module has no forward of its own, returns no logits, or the labels are no classes, so that
-            the outputs may be anything.
+        TypeError: if the module has no forward of its own or one that takes other arguments, returns no logits, or the
+            labels are no classes, so that the outputs may be anything.
     """
     if isinstance(batch, Mapping):
         return _of_mapping(module, batch)
-    inputs = batch[0] if isinstance(batch, Sequence) else batch
-    labels = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
     if has_no_forward(module):
         raise TypeError(
             f"{type(module).__name__} defines no forward, so what it says of a batch is not known: define it, or "
             f"{_HELP}"
         )
-    return _of_logits(module, _logits(module, module(inputs)), labels)
+    entries = list(batch) if isinstance(batch, Sequence) else [batch]
+    count = max(1, _num_required(module))
+    if count > 1 and count >= len(entries):
+        raise _does_not_take(module, f"a batch of {len(entries)} entries, labels among them,")
+    inputs, labels = entries[:count], entries[count] if count < len(entries) else None
+    if not _takes(module, *inputs):
+        raise _does_not_take(module, f"the batch's first {count} entries" if count > 1 else "the batch's first entry")
+    return _of_logits(module, _logits(module, module(*inputs)), labels)
 
 
 def _of_mapping(module: nn.Module, batch: Mapping[str, Any]) -> OutputDistribution:
@@ -55,7 +62,11 @@ def _of_mapping(module: nn.Module, batch: Mapping[str, Any]) -> OutputDistributi
             )
         labels = next((batch[name] for name in _LABELS if name in batch), None)
         inputs = {k: v for k, v in batch.items() if k not in _LABELS}
-        return _of_logits(module, _logits(module, module(**inputs)), labels)
+        if _takes(module, **inputs):
+            return _of_logits(module, _logits(module, module(**inputs)), labels)
+        if _num_required(module) == 1 and _takes(module, batch):
+            return _of_logits(module, _logits(module, module(batch)), labels)
+        raise _does_not_take(module, f"the batch's entries {', '.join(map(str, inputs))} as keyword arguments")
     config = model.config
     decoded = config.is_encoder_decoder
     labels = batch.get("labels")
@@ -91,6 +102,31 @@ def _taken(model: nn.Module, batch: Mapping[str, Any], but: Sequence[str]) -> di
     parameters = inspect.signature(model.forward).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {k: v for k, v in batch.items() if k not in but and (anything or k in parameters)}
+
+
+def _takes(module: nn.Module, *args: Any, **kwargs: Any) -> bool:
+    try:
+        inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # a scripted forward has no signature
+        return True
+    return True
+
+
+def _num_required(module: nn.Module) -> int:
+    """How many positional arguments a module's forward cannot do without."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except ValueError:
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)
+
+
+def _does_not_take(module: nn.Module, what: str) -> TypeError:
+    signature = inspect.signature(module.forward)
+    return TypeError(f"the forward of {type(module).__name__} takes {signature}, and not {what}: {_HELP}")
 
 
 def _logits(module: nn.Module, output: Any) -> Tensor:

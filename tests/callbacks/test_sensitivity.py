@@ -132,6 +132,17 @@ def test_table_says_what_trains(tmp_path, lightning_log):
     fit(tmp_path, TinyNet(), SensitivityFreezeCallback(num_tensors=1), enable_progress_bar=False)
     assert "SensitivityFreezeCallback(num_tensors=1)" in lightning_log.text
     assert "trains: selected by signal over sensitivity" in lightning_log.text
+    assert "b²/(c·n) range" in lightning_log.text
+    assert "κ" not in lightning_log.text
+
+
+def test_table_says_what_is_left_of_the_budget_and_the_range_of_rates(tmp_path, lightning_log):
+    callback = SensitivityFreezeCallback(max_params=0.6, rates=True)
+    fit(tmp_path, TinyNet(), callback, enable_progress_bar=False)
+    everything = sum(row.num_parameters for row in callback.profile)
+    left = int(0.6 * everything) - sum(callback.profile[name].num_parameters for name in callback.selected_names)
+    assert f"max_params=0.6, rates ∝ b/c): {left:,} of {int(0.6 * everything):,} parameters" in lightning_log.text
+    assert "rate range" in lightning_log.text
 
 
 def sgd(module):

@@ -97,6 +97,49 @@ def test_classifier_is_asked_with_the_first_entry_of_the_batch():
     assert torch.equal(rows(module, x).logits, module(x))
 
 
+class Summed(Classifier):
+    """Takes two inputs."""
+
+    def forward(self, x, y):
+        return self.layer(x + y)
+
+
+class Whole(Classifier):
+    """Takes the batch itself."""
+
+    def forward(self, batch):
+        return self.layer(batch["image"])
+
+
+def test_module_that_takes_several_inputs_gets_those_before_the_labels():
+    x, y, labels = torch.ones(2, 3), torch.eye(2, 3), torch.tensor([1, 0])
+    module = Summed()
+    said = TaskInputs().distribution(module, [x, y, labels])
+    torch.testing.assert_close(said.logits, module.layer(x + y))
+
+
+def test_module_that_takes_a_mapping_itself_gets_it():
+    module, images = Whole(), torch.ones(2, 3)
+    said = TaskInputs().distribution(module, {"image": images, "label": torch.tensor([1, 0])})
+    torch.testing.assert_close(said.logits, module.layer(images))
+
+
+@pytest.mark.parametrize(
+    ("module", "batch"),
+    [
+        (Summed(), [torch.ones(2, 3), torch.ones(2, 3)]),
+        (Summed(), torch.ones(2, 3)),
+        (Summed(), {"image": torch.ones(2, 3)}),
+        (Summed(), {"x": torch.ones(2, 3), "image": torch.ones(2, 3)}),
+    ],
+)
+def test_forward_of_other_arguments_is_an_error_that_says_what_to_write(module, batch):
+    with pytest.raises(
+        TypeError, match=r"forward of Summed takes \(x, y\), and not .* output_distribution\(self, batch"
+    ):
+        TaskInputs().distribution(module, batch)
+
+
 def test_classes_of_a_segmentation_are_where_its_labels_leave_them():
     module = nn.Conv2d(1, 6, 1)
     x = torch.randn(2, 1, 3, 4)

@@ -1,4 +1,5 @@
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -69,3 +70,11 @@ def test_similarity_asks_for_the_text_of_an_image_and_the_image_of_a_text():
 def test_scale_that_is_no_standard_deviation_is_refused():
     with pytest.raises(ValueError, match=r"scale=0\.0 must be positive"):
         Gaussian(torch.zeros(2, 2), 0.0)
+
+
+def test_every_distribution_of_the_page_on_the_theory_is_what_it_says():
+    import kappa_lightning.probes as probes
+
+    assert len(probes.similarity(torch.zeros(2, 3))) == 5
+    modules = [name for name in probes.__all__ if isinstance(getattr(probes, name), ModuleType)]
+    assert modules == []
