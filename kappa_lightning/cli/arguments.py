@@ -85,6 +85,26 @@ def require_writable(*outputs: Path | None) -> None:
             raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
 
 
+def require_drawable(flag: str, figure: Path | None) -> None:
+    """Find out before the work that a picture could not be drawn in the format that its name asks for.
+
+    Raises:
+        ValueError: if the ending is that of no format.
+    """
+    if figure is None:
+        return
+    from matplotlib.figure import Figure  # which takes a second to import
+
+    known = Figure().canvas.get_supported_filetypes()
+    if format_of(figure) not in known:
+        raise ValueError(f"{flag} {figure}: the ending must be one of {', '.join(sorted(known))}")
+
+
+def format_of(figure: Path) -> str:
+    """The format that a picture's name asks for."""
+    return figure.suffix.lstrip(".").lower()
+
+
 def device(text: str) -> torch.device:
     """A device that is there, for ``type=``."""
     try:

@@ -74,6 +74,42 @@ def test_model_without_a_text_and_text_that_is_too_short_are_errors(model, tmp_p
     assert "has 3 tokens, fewer than one batch of 4 × 128" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "nothing.txt"], "error: --text nothing.txt: there is no such file"),
+        (["--text", "binary.txt"], "error: --text binary.txt is no text in UTF-8"),
+        (["--text", "text.txt", "--sequences", "0"], "error: --sequences 0 is too small: give at least 1"),
+        (["--text", "text.txt", "--figure", "a.foo"], "error: --figure a.foo: the ending must be one of"),
+        (["--text", "text.txt", "--scatter", "a"], "error: --scatter a: the ending must be one of"),
+    ],
+)
+def test_wrong_usage_is_said_in_one_line_before_the_work(model, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a b c")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00a")
+    assert main(["sensitivity", str(model), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config.yaml: there is no such configuration"),
+        ("model: {class_path: nothing.Here}\n", "config.yaml is no configuration of a model and data for LightningCLI"),
+        ("modle: 3\n", "config.yaml is no configuration of a model and data for LightningCLI"),
+    ],
+)
+def test_configuration_that_is_none_is_said_in_one_line(tmp_path, capsys, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    assert main(["sensitivity", "config.yaml"]) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "usage" not in shown
+
+
 class Classes(pl.LightningModule):
     """What a configuration names."""
 
@@ -98,8 +134,11 @@ class Data(pl.LightningDataModule):
         return DataLoader(TensorDataset(torch.randn(24, 4), torch.randint(3, (24,))), batch_size=8)
 
 
-def test_configuration_of_a_lightning_cli_is_measured_and_nothing_is_trained_or_written(tmp_path, capsys, monkeypatch):
+def test_configuration_of_a_lightning_cli_is_measured_and_nothing_is_trained_or_written(
+    tmp_path, capsys, monkeypatch, lightning_log
+):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["kappa-lightning", "sensitivity", "config.yaml"])
     config = tmp_path / "config.yaml"
     here = __name__
     config.write_text(
@@ -116,5 +155,9 @@ def test_configuration_of_a_lightning_cli_is_measured_and_nothing_is_trained_or_
     profile = SensitivityProfile.load("profile.json")
     assert [(row.name, row.shape) for row in profile] == [("net.0.weight", (6, 4)), ("net.2.weight", (3, 6))]
     assert profile.settings.batches == 3
-    assert capsys.readouterr().out.split()[-1] == profile.select(num_tensors=1)[0]
+    shown = capsys.readouterr()
+    assert shown.out.split()[-1] == profile.select(num_tensors=1)[0]
+    # What LightningCLI thinks of the command line, and the table of a fit that there is none of.
+    assert "intended to run from within Python" not in shown.err
+    assert "trains: selected" not in lightning_log.text
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "profile.json"]

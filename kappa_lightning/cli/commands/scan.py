@@ -19,6 +19,8 @@ from kappa_lightning.cli.arguments import (
     add_ranking,
     budget_of,
     device_of,
+    format_of,
+    require_drawable,
     require_writable,
     size_in_bytes,
 )
@@ -86,8 +88,7 @@ def _scan(args: Namespace) -> int:
     if args.plan:
         return show_plan(args)
     require_writable(args.out, args.figure)
-    if args.figure is not None:
-        _require_known_format(args.figure)
+    require_drawable("--figure", args.figure)
     profile = _profile(args)
     if profile is None:
         return 0
@@ -162,23 +163,11 @@ def _table(ranking: Sequence[KappaRow], selected: Sequence[str]) -> Table:
     return table
 
 
-def _require_known_format(figure: Path) -> None:
-    from matplotlib.figure import Figure
-
-    known = Figure().canvas.get_supported_filetypes()
-    if _format(figure) not in known:
-        raise ValueError(f"--figure {figure}: the ending must be one of {', '.join(sorted(known))}")
-
-
 def _draw(profile: KappaProfile, names: Sequence[str], title: str, file: Path) -> None:
     from kappa_lightning.figures import profile_figure
 
     with replacing(file) as temporary:
-        profile_figure(profile, names, title=title).savefig(temporary, format=_format(file))
-
-
-def _format(figure: Path) -> str:
-    return figure.suffix.lstrip(".").lower()
+        profile_figure(profile, names, title=title).savefig(temporary, format=format_of(file))
 
 
 COMMAND = Command(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
+import logging
+import os
+import sys
+import warnings
+from argparse import ArgumentError, ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +16,15 @@ import shtab
 from rich import box
 from rich.table import Table
 
-from kappa_lightning.cli.arguments import add_device, add_output, device_of, int_or_share, require_writable
+from kappa_lightning.cli.arguments import (
+    add_device,
+    add_output,
+    device_of,
+    format_of,
+    int_or_share,
+    require_drawable,
+    require_writable,
+)
 from kappa_lightning.cli.command import Command
 from kappa_lightning.cli.terminal import print_table, printable, say
 from kappa_lightning.files import replacing
@@ -62,6 +75,11 @@ def _run(args: Namespace) -> int:
     limits = {name: getattr(args, name) for name in ("top_p", "num_tensors", "max_params")}
     budget = Budget(**limits) if any(limit is not None for limit in limits.values()) else None
     require_writable(args.out, args.figure, args.scatter)
+    require_drawable("--figure", args.figure)
+    require_drawable("--scatter", args.scatter)
+    for argument, value in (("--batches", args.batches), ("--sequences", args.sequences)):
+        if value < 1:
+            raise ValueError(f"{argument} {value} is too small: give at least 1")
     is_config = Path(args.model).suffix in _CONFIGS
     if not is_config and args.text is None:
         raise ValueError(f"{args.model} is no configuration (.yaml), so the new task is needed: give --text FILE")
@@ -132,9 +150,14 @@ def text_batches(tokenizer: Any, file: Path, tokens: int, batch_size: int, count
     for argument, value in (("--tokens", tokens), ("--batch-size", batch_size), ("--batches", count)):
         if value < 1 + (argument == "--tokens"):
             raise ValueError(f"{argument} {value} is too small")
+    if not file.is_file():
+        raise FileNotFoundError(f"--text {file}: there is no such file")
     # No more than is needed is read; no token has more than some dozen characters on average.
-    with file.open(encoding="utf-8") as opened:
-        text = opened.read(tokens * batch_size * count * 16)
+    try:
+        with file.open(encoding="utf-8") as opened:
+            text = opened.read(tokens * batch_size * count * 16)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {file} is no text in UTF-8 ({error}): give plain text") from error
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     pieces = torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)[: batch_size * count]
     if len(pieces) < batch_size:
@@ -143,10 +166,19 @@ def text_batches(tokenizer: Any, file: Path, tokens: int, batch_size: int, count
 
 
 def _of_config(args: Namespace) -> SensitivityProfile:
-    """Of the module and the data of a LightningCLI configuration."""
+    """Of the module and the data of a LightningCLI configuration.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no configuration of a model and data.
+    """
     from lightning.pytorch.cli import LightningCLI
 
     from kappa_lightning.callbacks import SensitivityFreezeCallback
+    from kappa_lightning.pilot.trial import quiet
+
+    if not Path(args.model).is_file():
+        raise FileNotFoundError(f"{args.model}: there is no such configuration")
 
     callback = SensitivityFreezeCallback(
         top_p=1.0,
@@ -156,21 +188,45 @@ def _of_config(args: Namespace) -> SensitivityProfile:
         exclude=args.exclude,
         seed=args.seed,
     )
-    cli = LightningCLI(
-        run=False,
-        save_config_callback=None,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        args=["--config", args.model],
-    )
+    # As a script of the user's own would find its modules.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        with quiet():
+            cli = LightningCLI(
+                run=False,
+                save_config_callback=None,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                parser_kwargs={"exit_on_error": False},
+                args=["--config", args.model],
+            )
+    except ArgumentError as error:
+        raise ValueError(f"{args.model} is no configuration of a model and data for LightningCLI: {error}") from error
     trainer: Any = cli.trainer
     # Only what measures and what shows its progress; nothing is trained, saved or logged.
     trainer.callbacks = [callback, *_progress(trainer.callbacks)]
     trainer.loggers = []
     trainer.fit_loop.max_epochs = 0
-    trainer.fit(cli.model, datamodule=cli.datamodule)
+    with _without_remarks():
+        trainer.fit(cli.model, datamodule=cli.datamodule)
     assert callback.profile is not None
     return callback.profile
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without what Lightning says of a fit, of which this is none; warnings are shown."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.filterwarnings("ignore", category=category, module=r"lightning\.")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _progress(callbacks: Iterable[Any]) -> list[Any]:
@@ -187,7 +243,7 @@ def _draw(profile: SensitivityProfile, names: list[str], title: str, args: Names
     for file, draw in ((args.figure, sensitivity_figure), (args.scatter, signal_figure)):
         if file is not None:
             with replacing(file) as temporary:
-                draw(profile, names, title=title).savefig(temporary, format=file.suffix.lstrip(".").lower())
+                draw(profile, names, title=title).savefig(temporary, format=format_of(file))
 
 
 def _table(profile: SensitivityProfile, selected: Iterable[str]) -> Table:
