@@ -12,7 +12,8 @@
                                   ``kappa 0.25`` takes there
 ``… + light anchor 10``           any method with :class:`~kappa_lightning.PretrainedAnchor` of that strength on two
                                   sequences of at most 48 tokens at every step, of 24 that the model wrote itself; the
-                                  small LLaVA, whose texts have about eight tokens, on eight of 96
+                                  small LLaVA, whose texts have about eight tokens, on 16 of 960
+``… + longer anchor 10``          the same with sequences of 96 tokens
 ================================  ======================================================================================
 
 Every draw is of the run's seed. All other names are those of :mod:`kappa_lightning.pilot.candidates`.
@@ -47,8 +48,7 @@ _RANKED = re.compile(
     r"(?:(?P<control>permuted|depth-matched|folded):)?(?P<criterion>(?:reversed:)?\w+)\s+(?P<budget>0?\.\d+)"
     r"(?:\s+in\s+(?P<where>\S+))?"
 )
-_LIGHT_ANCHOR = re.compile(r"(?P<base>.+?)\s*\+\s*light anchor\s+(?P<strength>\d+(?:\.\d+)?)")
-
+_ANCHORED = re.compile(r"(?P<base>.+?)\s*\+\s*(?P<kind>light|longer) anchor\s+(?P<strength>\d+(?:\.\d+)?)")
 
 _READS = re.compile(r"(?P<layer>.*\.)(?:(?P<attention>self_attn\.[qkv]_proj)|mlp\.(?:gate|up)_proj)\.weight")
 
@@ -65,12 +65,15 @@ def method(name: str, task: Task, seed: int, exclude: Sequence[str] = ()) -> Can
     Raises:
         ValueError: if there is none of that name.
     """
-    if light := _LIGHT_ANCHOR.fullmatch(name):
-        base, strength = method(light["base"], task, seed, exclude), float(light["strength"])
+    if found := _ANCHORED.fullmatch(name):
+        base, strength = method(found["base"], task, seed, exclude), float(found["strength"])
+        tokens = 48 if found["kind"] == "light" else 96
 
         def anchored(module: pl.LightningModule) -> list[Callback]:
-            inputs, size = ("inputs", 8) if isinstance(task, NewCaptions) else (None, 2)
-            anchor = PretrainedAnchor("auto", strength, batches=12, batch_size=size, num_tokens=48, task_inputs=inputs)
+            inputs, batches, size = ("inputs", 60, 16) if isinstance(task, NewCaptions) else (None, 12, 2)
+            anchor = PretrainedAnchor(
+                "auto", strength, batches=batches, batch_size=size, num_tokens=tokens, task_inputs=inputs
+            )
             return [*base.build(module), anchor]
 
         return Candidate(name, anchored)
