@@ -83,6 +83,12 @@ def state_restored(module: nn.Module) -> Iterator[None]:
             each.restore()
 
 
+def put_back(tensor: Tensor, value: Tensor) -> None:
+    """Write a value into a tensor in place; into one that was made in inference mode, as in Lightning's validation, too."""
+    with torch.inference_mode(torch.is_inference_mode_enabled() or tensor.is_inference()), torch.no_grad():
+        tensor.copy_(value)
+
+
 class _Kept:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -106,9 +112,8 @@ class _Kept:
         state.update(self.attributes)
         self.module._buffers.clear()
         self.module._buffers.update(self.buffers)
-        with torch.no_grad():
-            for tensor, value in self.tensors:
-                tensor.copy_(value)
+        for tensor, value in self.tensors:
+            put_back(tensor, value)
         for container, copy in self.containers:
             container.clear()
             container.extend(copy) if isinstance(container, list | deque) else container.update(copy)

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from kappa_lightning import ForgettingEval, KappaFreezeCallback, KappaMonitor, SimilarityProbe, WalkBack
+from kappa_lightning.probes import OutputDistribution, similarity
 from recipes.shared.epochs import EpochLines, Point, draws_bars, keep_bars_out_of_logs, save_picture
 from recipes.shared.schedule import warmup_cosine
 from recipes.shared.tensorboard import tensorboard
@@ -233,6 +234,11 @@ class ImageTextModel(pl.LightningModule):
         loss = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def output_distribution(self, batch: dict[str, Any]) -> OutputDistribution:
+        """Which captions of a batch are like which: what the text encoder was pretrained to say, asked about new texts."""
+        embedded = self.embed_text(batch["tokens"])
+        return similarity(embedded @ embedded.T * self.log_temperature.exp())
 
     def on_validation_epoch_start(self) -> None:
         """Embed all scenes in every wording: (wordings, scenes, dim)."""
