@@ -84,7 +84,7 @@ def state_restored(module: nn.Module) -> Iterator[None]:
 
 
 def put_back(tensor: Tensor, value: Tensor) -> None:
-    """Write a value into a tensor in place; into one that was made in inference mode, as in Lightning's validation, too."""
+    """Write a value into a tensor in place, also into one that Lightning's validation made in inference mode."""
     with torch.inference_mode(torch.is_inference_mode_enabled() or tensor.is_inference()), torch.no_grad():
         tensor.copy_(value)
 

@@ -236,7 +236,7 @@ class ImageTextModel(pl.LightningModule):
         return loss
 
     def output_distribution(self, batch: dict[str, Any]) -> OutputDistribution:
-        """Which captions of a batch are like which: what the text encoder was pretrained to say, asked about new texts."""
+        """Which captions of a batch are like which: what the text encoder was pretrained to say, of new texts."""
         embedded = self.embed_text(batch["tokens"])
         return similarity(embedded @ embedded.T * self.log_temperature.exp())
 
