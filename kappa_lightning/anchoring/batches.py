@@ -97,13 +97,22 @@ def load_batches(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
             described = tensors.metadata() or {}
             if described.get("kind") != _KIND:
                 raise ValueError(f"{file} holds no references: give a file that save_references wrote")
-            batches: list[dict[str, Tensor]] = [{} for _ in range(json.loads(described["batches"]))]
-            for key in tensors.keys():  # noqa: SIM118
-                number, _, name = key.partition(".")
-                batches[int(number)][name] = tensors.get_tensor(key)
+            batches: list[dict[str, Tensor]] = []
+            for number in range(_number_of_batches(described, file)):
+                names = [key for key in tensors.keys() if key.startswith(f"{number}.")]  # noqa: SIM118
+                if not names:
+                    raise ValueError(f"{file} lacks the reference batch {number} that it should hold: write it again")
+                batches.append({key.partition(".")[2]: tensors.get_tensor(key) for key in names})
     except SafetensorError as error:
         raise ValueError(f"{file} is corrupt or truncated ({error}): write it again") from error
     return batches
+
+
+def _number_of_batches(described: Mapping[str, str], file: Path) -> int:
+    number = described.get("batches", "")
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"{file} says that it holds {number!r} reference batches: it is damaged, so write it again")
+    return int(number)
 
 
 def _kept(value: Any) -> Any:

@@ -19,6 +19,7 @@ from kappa_lightning.anchoring.spectral_filter import FilteredUpdate
 from kappa_lightning.files import replacing
 from kappa_lightning.weights.checkpoint.files import find_source, read_files
 from kappa_lightning.weights.checkpoint.pickle_file import state_dict_of
+from kappa_lightning.weights.checkpoint.stored import Stored
 from kappa_lightning.weights.weight import is_matrix_shape, view_of
 
 _LORA = re.compile(r"\blora_(?:embedding_)?([AB])\b")
@@ -28,7 +29,8 @@ _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".index.json")
 class CheckpointWalk:
     """Points between a pretrained and a trained checkpoint; at most two tensors are in memory at a time.
 
-    A tensor that only the trained checkpoint has stays as it is there, such as a new head. Of a LoRA adapter, which the
+    The names may differ by a prefix, as those of a LightningModule that holds the base as ``self.model`` do. A tensor
+    that only the trained checkpoint has stays as it is there, such as a new head. Of a LoRA adapter, which the
     base does not have, B is scaled: it began at zero.
 
     Args:
@@ -60,13 +62,17 @@ class CheckpointWalk:
     ) -> None:
         self.source = find_source(trained)
         self._along = along
-        start, self._trained = read_files(find_source(base)), read_files(self.source)
+        self._trained = read_files(self.source)
+        start = _by_trained_names(read_files(find_source(base)), self._trained)
         moves = set(walked(self._trained, exclude))
         self._start = {name: tensor for name, tensor in start.items() if name in moves}
         adapters = [name for name in self._trained if name in moves and name not in start and _LORA.search(name)]
         missing = [name for name in start if name not in self._trained]
         if missing and not adapters:
-            raise ValueError(f"{trained} lacks {missing[0]}, which {base} has: they are not of one model")
+            raise ValueError(
+                f"{trained} lacks {missing[0]}, which {base} has: they are not of one model, or name its tensors in "
+                f"ways that differ by more than a prefix, such as {next(iter(self._trained))}"
+            )
         if not self._start and not adapters:
             raise ValueError(f"{base} and {trained} have no tensor in common, such as {next(iter(self._trained))}")
         for name, tensor in self._start.items():
@@ -78,7 +84,9 @@ class CheckpointWalk:
                 raise ValueError(f"{name} is {tensor.shape} in {base} and {other.shape} in {trained}: another model's")
         if along == "singular_values" and adapters:
             raise ValueError(f'{adapters[0]} is an adapter\'s, which along="singular_values" does not reach: use "all"')
-        moving = [name for name, tensor in self._start.items() if tensor.has_values] + adapters
+        moving = [name for name, tensor in self._start.items() if tensor.has_values]
+        # A of an adapter stays as trained.
+        moving += [name for name in adapters if "B" in _LORA.findall(name)]
         self._group_of = groups_of(moving, along, depth_groups)
         self.groups = tuple(dict.fromkeys(self._group_of.values()))
         self.changed = len(moving)
@@ -109,18 +117,23 @@ class CheckpointWalk:
         return between(before, after, factor).to(trained.dtype)
 
     def load_into(self, module: nn.Module, factors: Factors | float) -> None:
-        """Put a module's weights at a point.
+        """Put a module's weights at a point, and what stays as trained, such as a new head, to what it is there.
 
         Raises:
             ValueError: if the module has no tensor of a name that moves.
         """
         own = dict(module.state_dict(keep_vars=True))
         with torch.no_grad():
-            for name in self._group_of:
+            for name, stored in self._trained.items():
                 target = own.get(name)
-                if target is None:
-                    raise ValueError(f"the model has no {name}, which {self.source} holds: load it as it was saved")
-                target.copy_(self.tensor(name, factors))
+                if target is None and name in self._group_of:
+                    held = f"{next(iter(own))}, …" if own else "no tensors"
+                    raise ValueError(
+                        f"the model has no {name}, which {self.source} holds: make it with the names of the "
+                        f"checkpoint; it has {held}"
+                    )
+                if target is not None and (name in self._group_of or stored.refusal is None):
+                    target.copy_(self.tensor(name, factors))
 
     def save(self, factors: Factors | float, out: str | os.PathLike[str]) -> Path:
         """Write a point as a checkpoint of the trained one's kind.
@@ -132,18 +145,36 @@ class CheckpointWalk:
             The file with the weights.
 
         Raises:
-            ValueError: if the kinds do not fit.
+            FileNotFoundError, ValueError: see :meth:`require_target`.
         """
         target = Path(out)
+        self.require_target(target)
         if self.source.is_dir():
             return self._save_folder(factors, target)
         if target.suffix == ".safetensors":
             write_safetensors(target, self._described(), self.tensors(factors))
             return target
-        if self.source.suffix == ".safetensors":
-            raise ValueError(f"{target} must end in .safetensors, as {self.source} does")
         self._save_pickle(factors, target)
         return target
+
+    def require_target(self, out: str | os.PathLike[str]) -> None:
+        """Find out before the work that a point could not be written there.
+
+        Raises:
+            FileNotFoundError: if its folder is not there.
+            ValueError: if it is there already, or its ending is of another kind than the trained checkpoint's.
+        """
+        target = Path(out)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
+        if self.source.is_dir():
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise ValueError(f"{target} is there already: name a new folder, or an empty one")
+            return
+        if target.exists():
+            raise ValueError(f"{target} is there already: name a new file")
+        if self.source.suffix == ".safetensors" != target.suffix:
+            raise ValueError(f"{target} must end in .safetensors, as {self.source} does")
 
     def _described(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         found = {}
@@ -154,8 +185,6 @@ class CheckpointWalk:
         return found
 
     def _save_folder(self, factors: Factors | float, folder: Path) -> Path:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is there already: name a new folder, or an empty one")
         folder.mkdir(exist_ok=True)
         is_adapter = (self.source / "adapter_config.json").is_file()
         weights = folder / ("adapter_model.safetensors" if is_adapter else "model.safetensors")
@@ -191,3 +220,20 @@ class CheckpointWalk:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _by_trained_names(start: Mapping[str, Stored], trained: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The pretrained tensors by the trained one's names, where one of the two has a prefix before all it shares."""
+    if not start or not trained or any(name in trained for name in start):
+        return dict(start)
+    first = next(iter(start))
+    for name in trained:
+        prefix = name.removesuffix(f".{first}")
+        if prefix != name and all(f"{prefix}.{each}" in trained for each in start):
+            return {f"{prefix}.{each}": tensor for each, tensor in start.items()}
+    parts = first.split(".")
+    for length in range(1, len(parts)):
+        prefix = ".".join(parts[:length]) + "."
+        if first.removeprefix(prefix) in trained and all(name.startswith(prefix) for name in start):
+            return {name.removeprefix(prefix): tensor for name, tensor in start.items()}
+    return dict(start)

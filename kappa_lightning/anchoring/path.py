@@ -21,6 +21,7 @@ from kappa_lightning.weights.sharded import is_sharded
 Along = Literal["all", "role", "depth", "singular_values"]
 
 _LORA_B = re.compile(r"\blora_((?:embedding_)?)B\b")
+_STATISTICS = re.compile(r"\brunning_(?:mean|var)$")
 
 Factors = Mapping[str, float]
 """For each group of tensors how much of its update is left: 0 is pretrained, 1 is trained."""
@@ -84,7 +85,8 @@ class WalkPath:
         self._filters: dict[str, FilteredUpdate] = {}
         if along == "singular_values":
             self._require_plain()
-        self._group_of = groups_of(list(self._tensors), along, depth_groups)
+        # What stays as trained has no factor: to look for one would cost measurements that all say the same.
+        self._group_of = groups_of([name for name in self._tensors if name not in self._kept], along, depth_groups)
         self.groups = tuple(dict.fromkeys(self._group_of.values()))
         self._trained = {name: local(tensor).to("cpu", copy=True) for name, tensor in self._tensors.items()}
         if along == "singular_values":
@@ -102,15 +104,15 @@ class WalkPath:
             factors: one for each of :attr:`groups`, or one for all, each in [0, 1].
         """
         with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                factor = factors[self._group_of[name]] if isinstance(factors, Mapping) else factors
-                here = local(tensor)
+            for name, group in self._group_of.items():
+                factor = factors[group] if isinstance(factors, Mapping) else factors
+                here = local(self._tensors[name])
                 here.copy_(self._value(name, factor, here))
             store_parts(self._module)
 
     def _value(self, name: str, factor: float, here: Tensor) -> Tensor:
         trained, start = self._trained[name], self._pretrained[name]
-        if factor == 1 or name in self._kept:
+        if factor == 1:
             return trained
         if factor == 0:
             return start
@@ -190,7 +192,8 @@ def groups_of(names: Sequence[str], along: Along, depth_groups: int) -> dict[str
     if along in ("all", "singular_values"):
         return dict.fromkeys(names, along)
     if along == "role":
-        return {name: depth_and_role(name)[1] for name in names}
+        # Statistics of a normalization layer fit its weight at the same point, not at another.
+        return {name: depth_and_role(_STATISTICS.sub("weight", name))[1] for name in names}
     depths = sorted({depth for name in names if (depth := depth_and_role(name)[0]) is not None})
     stretches: dict[int, str] = {}
     count = min(depth_groups, len(depths))

@@ -231,7 +231,9 @@ class AnchorReferences:
         if self.reference in ("batch", "inputs"):
             return []
         if self._file is not None:
-            return list(load_batches(self._file))
+            loaded = list(load_batches(self._file))
+            _require_known_tokens(module, loaded, self._file)
+            return loaded
         inputs = self._objective.inputs
         total = self._limit * (self._num_tokens - 1)
         ticks = track(trainer, range(total), total=total, description="References", unit="step")
@@ -286,6 +288,21 @@ class AnchorReferences:
         if self._task_inputs is None:
             return batch
         return batch[self._task_inputs] if isinstance(self._task_inputs, str) else self._task_inputs(batch)
+
+
+def _require_known_tokens(module: nn.Module, batches: Iterable[Any], file: Path) -> None:
+    """Say of another model's references what they are, which on a GPU the failing look-up would not."""
+    model = language_model(module)
+    known = None if model is None else getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is None:
+        return
+    for number, batch in enumerate(batches):
+        ids = batch.get("input_ids")
+        if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+            raise ValueError(
+                f"{file} has the token {int(ids.max())} in input_ids of its batch {number}, and the model has {known} "
+                "tokens: another model wrote these references"
+            )
 
 
 def _text(module: nn.Module, tokens: list[int]) -> str:

@@ -147,6 +147,7 @@ class WalkBack(Keyed):
         self.checkpoint_path: Path | None = None
         self._keeper = PretrainedKeeper("WalkBack", directory)
         self._halved: HalvedProbes | None = None
+        self._walked = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -164,6 +165,7 @@ class WalkBack(Keyed):
                 "point that was chosen: list it first"
             )
         self._keeper.runs.announced()
+        self._walked = False
 
     @override
     def on_load_checkpoint(
@@ -219,10 +221,18 @@ class WalkBack(Keyed):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._walk(trainer, pl_module, stay=True)
+        self._walked = True
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._keeper.runs.fit_ended()
+        if not self._walked:
+            # Lightning then skips everything from on_train_start to on_train_end.
+            rank_zero_warn(
+                "WalkBack: this fit had nothing left to train, so it did not look for a point, and the module's "
+                "weights are those that it began with: to walk back from a checkpoint of the end of training, raise "
+                "the Trainer's max_epochs or max_steps, or use kappa-lightning walk-back BASE TRAINED"
+            )
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -159,7 +159,8 @@ def continue_text(
 ) -> Tensor:
     """Prompts and what the model writes after them, at temperature 1.
 
-    Every sequence gets ``num_tokens`` new tokens; after an end token these are end tokens.
+    Every sequence gets ``num_tokens`` new tokens; after an end token these are end tokens. A token that stands for a
+    picture, a sound or a film is never drawn: what it stands for would be missing.
 
     Args:
         model: see :func:`generate_text`.
@@ -177,6 +178,7 @@ def continue_text(
     mask: Tensor = prompt["attention_mask"]
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     takes = _accepted(model)
+    barred = torch.tensor(_placeholders(model), dtype=torch.int64, device=ids.device)
     past = None
     with _asleep(model):
         for _ in range(num_tokens):
@@ -184,7 +186,10 @@ def continue_text(
             output = model(**inputs) if takes is not None else model(ids)
             logits = output if isinstance(output, Tensor) else output.logits
             past = None if isinstance(output, Tensor) else getattr(output, "past_key_values", None)
-            drawn = torch.multinomial(logits[:, -1].float().softmax(-1), 1, generator=generator)
+            likely = logits[:, -1].float()
+            if len(barred):
+                likely = likely.index_fill(-1, barred[barred < likely.shape[-1]], -torch.inf)
+            drawn = torch.multinomial(likely.softmax(-1), 1, generator=generator)
             if ends:
                 drawn = torch.where(ended[:, None], ends[0], drawn)
                 ended |= torch.isin(drawn[:, 0], torch.tensor(ends, device=ids.device))
@@ -251,6 +256,17 @@ def _beginnings(model: Any) -> Tensor:
         names = [name for name in vars(config) if name.endswith(("_token_id", "_token_index"))]
         special |= {value for name in names if isinstance(value := getattr(config, name), int)}
     return torch.tensor([token for token in range(size) if token not in special])
+
+
+def _placeholders(model: Any) -> list[int]:
+    """The tokens that stand for what is no text, such as the patches of an image."""
+    found = set()
+    for config in _configs(model):
+        for name, value in vars(config).items():
+            of_something = name.startswith(("image", "video", "vision", "audio"))
+            if of_something and name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= 0:
+                found.add(value)
+    return sorted(found)
 
 
 def _before_the_end(ids: Tensor, prompt: int, ends: list[int]) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from safetensors.torch import save_file
 from tiny import (
     Spy,
     TinyNet,
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kappa_lightning import KappaFreezeCallback, PretrainedAnchor
+from kappa_lightning.anchoring.batches import load_batches
 
 TASK = torch.randn(8, 5, generator=torch.Generator().manual_seed(3))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
@@ -507,6 +509,26 @@ def test_references_are_saved_and_loaded(tmp_path: Path) -> None:
     (tmp_path / "nonsense").write_bytes(b"12345678nonsense")
     with pytest.raises(ValueError, match="corrupt"):
         trained(tmp_path, PretrainedAnchor(tmp_path / "nonsense"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "number", "message"),
+    [
+        ({"0.x": torch.zeros(2)}, "many", "says that it holds 'many' reference batches"),
+        ({"0.x": torch.zeros(2)}, "0", "says that it holds '0' reference batches"),
+        ({"0.x": torch.zeros(2)}, "2", "lacks the reference batch 1"),
+        ({"x": torch.zeros(2)}, "1", "lacks the reference batch 0"),
+        ({"x": torch.zeros(2)}, None, "holds no references"),
+    ],
+)
+def test_damaged_references_are_named(
+    tmp_path: Path, tensors: dict[str, Tensor], number: str | None, message: str
+) -> None:
+    file = tmp_path / "references.safetensors"
+    described = {"kind": "kappa_lightning.references", "batches": number}
+    save_file(tensors, file, None if number is None else described)
+    with pytest.raises(ValueError, match=message):
+        load_batches(file)
 
 
 def test_tensorboard_events_are_readable(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from kappa_lightning import AgreementProbe, PretrainedAnchor, Probe, WalkBack
+from kappa_lightning.anchoring.batches import save_batches
 
 VOCABULARY = 19
 
@@ -217,6 +218,26 @@ def test_an_adapter_is_walked_back_by_its_scale(tmp_path: Path) -> None:
     assert torch.isfinite(plain.model(input_ids=ids).logits).all()
 
 
+def test_only_what_moves_of_an_adapter_has_a_factor(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    kept = Probe([0, 0], Down(), lambda module, batch: torch.tensor(1.0))
+    walk_back = WalkBack(0.5, probes={"old": kept}, along="role", points=2, save=False)
+    trained(tmp_path, walk_back, get_peft_model(llama(), config), max_epochs=1)
+    assert isinstance(walk_back.alpha, dict)
+    assert [name.split(".")[-4:-1] for name in walk_back.alpha] == [
+        ["q_proj", "lora_B", "default"],
+        ["v_proj", "lora_B", "default"],
+    ]
+
+
+def test_references_of_a_model_with_more_tokens_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "references.safetensors"
+    ids = torch.full((2, 4), VOCABULARY)
+    save_batches(file, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    with pytest.raises(ValueError, match=f"has the token {VOCABULARY} in input_ids of its batch 0"):
+        trained(tmp_path, PretrainedAnchor(file))
+
+
 def test_an_adapter_that_was_there_before_is_refused_by_name(tmp_path: Path) -> None:
     model = adapted()
     for name, parameter in model.named_parameters():
@@ -275,4 +296,6 @@ def test_image_text_model_is_held_to_text_that_it_writes_without_a_picture(tmp_p
         make_trainer(tmp_path / str(strength), anchor, max_epochs=4).fit(module)
         divergences[strength] = divergence(module.model, was, own)
         assert all(set(batch) == {"input_ids", "attention_mask"} for batch in anchor.references)
+        # A token of a picture without its picture would break the pass.
+        assert all((batch["input_ids"] != VOCABULARY).all() for batch in anchor.references)
     assert divergences[20.0] < divergences[0.0] / 2

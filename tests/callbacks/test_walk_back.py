@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,15 @@ def pretrained_only() -> Probe:
     return Probe([0, 0], Down(), distance)
 
 
+def test_statistics_go_with_the_weight_of_their_layer(tmp_path: Path) -> None:
+    probes = {"old": Probe([0, 0], Down(), lambda module, batch: torch.tensor(1.0))}
+    walk_back = WalkBack(0.5, probes=probes, along="role", points=2, save=False)
+    fitted(tmp_path, walk_back, max_epochs=1)
+    assert isinstance(walk_back.alpha, dict)
+    assert "norm.weight" in walk_back.alpha
+    assert not [group for group in walk_back.alpha if "running" in group]
+
+
 def test_a_walk_during_training_only_looks(tmp_path: Path) -> None:
     plain, _ = fitted(tmp_path, max_epochs=3)
     numbers = random_state()
@@ -275,6 +285,23 @@ def test_a_resumed_run_walks_to_the_first_start(tmp_path: Path, folder: bool) ->
         {name: tensor for name, tensor in snapshot(module).items() if "tracked" not in name},
         {name: tensor for name, tensor in start.items() if "tracked" not in name},
     )
+
+
+def test_a_fit_with_nothing_left_to_train_says_that_it_does_not_walk(tmp_path: Path) -> None:
+    def make() -> WalkBack:
+        return WalkBack(min_retention=0.4, probes={"old": cost_probe()}, points=[0.0, 0.3, 1.0], save=False)
+
+    end = ModelCheckpoint(tmp_path / "kept", save_on_train_epoch_end=True)
+    module, _ = walked(tmp_path, make(), end)
+    assert module.weight.item() == pytest.approx(1.2)
+    again, walk_back = Line(), make()
+    with pytest.warns(UserWarning, match="WalkBack: this fit had nothing left to train, so it did not look"):
+        make_trainer(tmp_path, walk_back, max_epochs=1).fit(again, ckpt_path=end.best_model_path)
+    assert again.weight.item() == 4.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="WalkBack")
+        make_trainer(tmp_path, walk_back, max_epochs=2).fit(again, ckpt_path=end.best_model_path)
+    assert again.weight.item() == pytest.approx(1.2)
 
 
 class Slow(Line):

@@ -144,6 +144,10 @@ def new(_: str) -> Probe:
     return Probe([0], Down(), lambda module, batch: (module.layers[1]["up"].weight[1, 1] - 5).square(), name="gap")
 
 
+def nothing(_: str) -> int:
+    return 3
+
+
 def search(tmp_path: Path, *more: str) -> int:
     here = "test_walk_back_functions"
     sys.modules[here] = sys.modules[__name__]
@@ -168,7 +172,8 @@ def test_a_search_along_depth_keeps_the_layer_that_costs_nothing(tmp_path: Path)
     assert torch.equal(found["layers.1.up.weight"], TRAINED["layers.1.up.weight"])
 
 
-def test_texts_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def language_models(tmp_path: Path) -> list[str]:
+    """Two folders of a model, and what is to be kept and the new task as texts."""
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -185,11 +190,123 @@ def test_texts_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixture
         PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="a").save_pretrained(tmp_path / name)
     (tmp_path / "wiki.txt").write_text("old text a b " * 40)
     (tmp_path / "task.txt").write_text("new task b a " * 40)
+    return ["--probe", str(tmp_path / "wiki.txt"), "--monitor", str(tmp_path / "task.txt")]
+
+
+def test_texts_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaForCausalLM
+
+    texts = language_models(tmp_path)
     command = ["walk-back", str(tmp_path / "base"), str(tmp_path / "trained"), "--device", "cpu", "--points", "3"]
-    texts = ["--probe", str(tmp_path / "wiki.txt"), "--monitor", str(tmp_path / "task.txt")]
     assert main([*command, *texts, "--min-retention", "0.01", "--out", str(tmp_path / "new")]) == 0
     assert "wiki" in capsys.readouterr().out
     assert LlamaForCausalLM.from_pretrained(tmp_path / "new") is not None
+
+
+def test_names_that_differ_by_a_prefix_are_matched(tmp_path: Path) -> None:
+    """A LightningModule holds the base as one of its attributes, so its checkpoint has longer names."""
+    base, _ = write(tmp_path)
+    longer = {f"model.{name}": tensor for name, tensor in TRAINED.items()}
+    torch.save({"state_dict": longer, "epoch": 2}, tmp_path / "trained.ckpt")
+    out = tmp_path / "new.ckpt"
+    assert main(["walk-back", base, str(tmp_path / "trained.ckpt"), "--alpha", "0.25", "--out", str(out)]) == 0
+    found = torch.load(out, weights_only=True)
+    assert_same_tensors(found["state_dict"], {f"model.{name}": tensor for name, tensor in QUARTER.items()})
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in BASE.items()}}, tmp_path / "base.ckpt")
+    out, (_, trained) = tmp_path / "new.safetensors", write(tmp_path)
+    assert main(["walk-back", str(tmp_path / "base.ckpt"), trained, "--alpha", "0.25", "--out", str(out)]) == 0
+    assert_same_tensors(load_file(out), QUARTER)
+
+
+@pytest.mark.parametrize("place", ["trained.safetensors", "base.safetensors", "other.safetensors"])
+def test_a_file_that_is_there_stays_and_is_named_before_the_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    write(tmp_path)
+    out = tmp_path / place
+    if not out.exists():
+        out.write_bytes(b"mine")
+    before = out.read_bytes()
+    assert search(tmp_path, "--min-retention", "0.3", "--out", str(out)) == 1
+    printed = capsys.readouterr()
+    assert "is there already: name a new file" in printed.err
+    assert "retention" not in printed.out
+    assert out.read_bytes() == before
+
+
+def test_what_stays_as_trained_is_put_into_the_model(tmp_path: Path) -> None:
+    class Headed(Pair):
+        def __init__(self, _: str) -> None:
+            super().__init__(_)
+            self.head = torch.nn.Linear(1, 1, bias=False)
+
+    model = Headed("")
+    walk = CheckpointWalk(*write(tmp_path))
+    walk.load_into(model, 0.0)
+    assert torch.equal(model.head.weight, TRAINED["head.weight"])
+    assert torch.equal(model.norm.bias, BASE["norm.bias"])
+
+
+def test_an_adapter_in_a_folder_is_searched_as_it_was_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    texts = language_models(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    command = ["walk-back", str(tmp_path / "base"), str(tmp_path / "adapter"), "--device", "cpu", "--points", "2"]
+    # The text needs a tokenizer, which lies with the base alone.
+    assert main([*command, *texts, "--min-retention", "0.01", "--along", "role"]) == 0
+    printed = capsys.readouterr().out
+    assert "alpha=1:" in printed
+    assert "lora_A" not in printed
+    walk = CheckpointWalk(tmp_path / "base", tmp_path / "adapter", "role")
+    assert walk.groups == ("base_model.model.model.layers.*.self_attn.q_proj.lora_B.default.weight",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--probe", "{here}:old", "--probe", "{here}:old"], "there is a probe 'old' already"),
+        (["--probe", "{here}:nothing"], "nothing returned a int as nothing: return a kappa_lightning.Probe"),
+        (["--probe", "{here}:old", "--monitor", "{here}:nothing"], "--monitor {here}:nothing returned a int"),
+        (["--probe", "{here}:old", "--model", "{here}:nothing"], "--model {here}:nothing returned a int"),
+        (["--probe", "{here}:old", "--model", "Pair"], "--model Pair is no package.module:function"),
+        (["--probe", "no_such_module:old"], "--probe no_such_module:old: No module named"),
+        (["--probe", "text.txt"], "neither"),
+        (["--probe", "{here}:old", "--windows", "1"], "--windows 1 is too small"),
+        (["--probe", "{here}:old", "--points", "1"], "--points 1 is too small"),
+        (["--probe", "{here}:old", "--min-retention", "2"], "--min-retention 2.0 must be in"),
+        (["--probe", "{here}:old", "--min-retention", ""], "give --min-retention or --monitor-limit"),
+    ],
+)
+def test_a_search_that_cannot_be_names_its_argument(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    here = "test_walk_back_functions"
+    sys.modules[here] = sys.modules[__name__]
+    (tmp_path / "text.txt").write_text("a text")
+    given = [each.format(here=here).replace("text.txt", str(tmp_path / "text.txt")) for each in arguments]
+    if given[-2:] == ["--min-retention", ""]:
+        given = given[:-2]
+    elif "--min-retention" not in given:
+        given += ["--min-retention", "0.5"]
+    defaults = {"--monitor": f"{here}:new", "--model": f"{here}:Pair"}
+    given += [each for flag, value in defaults.items() if flag not in given for each in (flag, value)]
+    assert main(["walk-back", *write(tmp_path), "--device", "cpu", *given]) == 1
+    printed = capsys.readouterr().err
+    assert message.format(here=here) in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_factor_that_is_no_number_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["walk-back", *write(tmp_path), "--alpha", "half", "--out", str(tmp_path / "new.safetensors")])
+    assert "'half' is no number in [0, 1]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
