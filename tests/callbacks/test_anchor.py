@@ -484,7 +484,7 @@ def test_what_of_the_task_batch_goes_to_the_model(tmp_path: Path) -> None:
         def train_dataloader(self) -> Any:
             return DataLoader([{"x": x, "y": y, "names": "a"} for x, y in zip(TASK, LABELS, strict=True)], 8)
 
-    with pytest.raises(TypeError) as caught:
+    with pytest.raises(AttributeError, match="double") as caught:
         trained(tmp_path, PretrainedAnchor([(OLD,)]), Wrapped())
     assert "task_inputs=" in caught.value.__notes__[0]
     anchor = PretrainedAnchor([(OLD,)], task_inputs=lambda batch: (batch["x"], batch["y"]))
