@@ -287,12 +287,17 @@ def test_globs_match_whole_names(patterns, expected):
     assert match_names(NAMES, patterns, argument="include", aliases={}) == expected
 
 
-@pytest.mark.parametrize("pattern", ["Body.*", "body", "weight", "body.0.weights"])
+@pytest.mark.parametrize("pattern", ["Body.*", "body", "body.0.weights"])
 def test_glob_without_a_match_is_an_error_that_shows_what_names_look_like(pattern):
     with pytest.raises(ValueError) as caught:
         match_names(NAMES, ["*", pattern], argument="exclude", aliases={})
     for part in ("exclude", repr(pattern), "body.0.weight", "4 in all"):
         assert part in str(caught.value)
+
+
+def test_glob_that_matches_the_end_of_names_is_told_so():
+    with pytest.raises(ValueError, match=r"exclude: the pattern 'weight' .*'\*\.weight' would match body\.0\.weight"):
+        match_names(NAMES, ["*", "weight"], argument="exclude", aliases={})
 
 
 def test_glob_that_matches_only_a_tied_name_is_told_the_first_name():
