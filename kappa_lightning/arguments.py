@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import numbers
 import operator
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 
 def as_number(value: Any, argument: str) -> int | float:
@@ -80,6 +83,52 @@ def as_globs(patterns: Any, argument: str) -> tuple[str, ...]:
         if not isinstance(glob, str):
             raise TypeError(f"{argument} holds {glob!r}, a {type(glob).__name__}: give a list of globs")
     return tuple(str(glob) for glob in globs)
+
+
+def as_names(names: Any, argument: str) -> list[str]:
+    """A list of names from any iterable of strings.
+
+    Raises:
+        TypeError: if it is one string, whose letters would each count as a name, or no iterable.
+
+    Example:
+        >>> as_names("fc.weight", "names")
+        Traceback (most recent call last):
+        ...
+        TypeError: names='fc.weight' is one string: give a list of names, such as ['fc.weight']
+    """
+    if isinstance(names, str):
+        raise TypeError(f"{argument}={names!r} is one string: give a list of names, such as [{str(names)!r}]")
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{argument}={names!r} is a {type(names).__name__}: give a list of names")
+    return list(names)
+
+
+def as_module(module: Any, argument: str) -> nn.Module:
+    """A module, unchanged.
+
+    Raises:
+        TypeError: if it is none, such as the path of one.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{argument}={module!r} is a {type(module).__name__}: give the model itself, a torch.nn.Module")
+    return module
+
+
+def as_path(path: Any, argument: str, instead: str) -> Path:
+    """A path from a string or a path.
+
+    Args:
+        path: what was given.
+        argument: its name.
+        instead: what may be given, in the words of an error.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{argument} is a {type(path).__name__}: give {instead}")
+    return Path(path)
 
 
 def describe(instance: object, arguments: Mapping[str, Any]) -> str:

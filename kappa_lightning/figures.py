@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from kappa_lightning.profile import KappaProfile
@@ -103,7 +104,8 @@ def sensitivity_figure(profile: SensitivityProfile, selected: Collection[str] = 
 def signal_figure(profile: SensitivityProfile, selected: Collection[str] = (), *, title: str = "") -> Figure:
     """Signal against sensitivity, both per parameter, one point a tensor, colored by what it is.
 
-    Filled points train. Along each gray line b²/(c·n) is the same: what lies above one is worth more for what it costs.
+    Filled points train, hollow ones do not. Along each gray line b²/(c·n) is the same: what lies above one is worth
+    more for what it costs. A second legend says both.
 
     Args:
         profile: signals and sensitivities; what has no signal or no sensitivity is left out.
@@ -122,21 +124,33 @@ def signal_figure(profile: SensitivityProfile, selected: Collection[str] = (), *
     if not rows:
         return figure
     roles = list(dict.fromkeys(depth_and_role(row.name)[1] for row in rows))
+    colors: list[Line2D] = []
     for place, role in enumerate(roles):
         here = [row for row in rows if depth_and_role(row.name)[1] == role]
         x = [row.sensitivity / row.num_parameters for row in here]
         y = [row.signal / row.num_parameters for row in here]
         color = colormaps["tab20"](place % 20)
         faces = [color if row.name in chosen else "none" for row in here]
-        axes.scatter(x, y, s=20, facecolors=faces, edgecolors=[color], linewidths=1.0, label=_short([role])[0])
+        axes.scatter(x, y, s=20, facecolors=faces, edgecolors=[color], linewidths=1.0)
+        # A square, since whether the first point of a role is filled says nothing of the role.
+        square: dict[str, Any] = {"linestyle": "", "marker": "s", "markersize": 4.5, "color": color}
+        colors.append(Line2D([], [], **square, label=_short([role])[0]))
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
     # b²/(c·n) = (b/n)²/(c/n), so the lines have the slope ½.
     for level in np.geomspace(bottom**2 / high, top**2 / low, 7)[1:-1]:
-        axes.plot([low, high], [math.sqrt(level * low), math.sqrt(level * high)], color="0.88", linewidth=0.8, zorder=0)
+        axes.plot([low, high], [math.sqrt(level * low), math.sqrt(level * high)], color="0.8", linewidth=0.8, zorder=0)
     axes.set(xlim=(low, high), ylim=(bottom, top))
     columns = 1 if len(roles) <= 16 else 2
-    figure.legend(fontsize=6, loc="outside right upper", frameon=False, ncols=columns)
+    figure.legend(handles=colors, fontsize=6, loc="outside right upper", frameon=False, ncols=columns)
+    point: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 4.5, "markeredgecolor": "0.3"}
+    meanings = [
+        Line2D([], [], **point, markerfacecolor="0.3", label="trains"),
+        Line2D([], [], **point, markerfacecolor="none", label="does not train"),
+        Line2D([], [], color="0.75", linewidth=0.8, label="equal b²/(c·n), more above"),
+    ]
+    # Below all, where no point can be.
+    figure.legend(handles=meanings, fontsize=7, loc="outside lower center", frameon=False, ncols=len(meanings))
     return figure
 
 

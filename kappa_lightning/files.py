@@ -48,11 +48,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields:
         Where to write, in the same folder; the name ends in ``.tmp``, whatever the ending of ``path``.
+
+    Raises:
+        OSError: if ``path`` is a folder, its folder is not there, or the file cannot be made; the error names ``path``.
     """
     target = Path(os.path.realpath(path))
-    if target.is_dir():
+    with _naming(path):
+        is_folder = target.is_dir()
+    if is_folder:
         raise IsADirectoryError(f"{path} is a folder: name a file")
-    handle, temporary = _temporary_beside(target)
+    if not target.parent.is_dir():
+        folder = target.parent if os.path.islink(path) else Path(path).parent
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {folder}; create it, or name another")
+    with _naming(path):
+        handle, temporary = _temporary_beside(target)
     try:
         try:
             _clean_up(target, but=temporary)
@@ -66,10 +75,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             # Also gives the lock back, and an open file could not be renamed on Windows.
             os.close(handle)
-        os.replace(temporary, target)
+        with _naming(path):
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the system says of a temporary file, said of the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def _temporary_beside(target: Path) -> tuple[int, Path]:

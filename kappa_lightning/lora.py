@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ def lora_targets(
         ``target_modules`` and ``target_parameters``, ready for ``LoraConfig(**targets, r=8)``; each may be empty.
 
     Raises:
+        TypeError: if ``profile`` is no profile, or has no budget of such a name.
         ValueError: if there is not exactly one budget or it selects nothing, a tensor is not a layer's ``weight`` and
             has neither two nor three dimensions, only some experts or heads of a tensor are selected, or PEFT could not
             tell a parameter from one that was not selected.
@@ -55,6 +57,7 @@ def lora_targets(
         >>> lora_targets(profile, top_p=1.0) == {"target_modules": ["down", "up"], "target_parameters": []}
         True
     """
+    _require_budget(profile, budget)
     layers = None if model is None else dict(model.named_modules(remove_duplicate=False))
     selected = set(profile.select(**budget))
     wholes: dict[str, KappaRow | SensitivityRow] = {split_name(row.name)[0]: row for row in profile}
@@ -77,6 +80,19 @@ def lora_targets(
     not_chosen = [name.removesuffix(_WEIGHT) for name in others]
     exact = "|".join(map(re.escape, modules)) if _reached(modules, not_chosen) else None
     return {"target_modules": exact or modules, "target_parameters": parameters}
+
+
+def _require_budget(profile: Any, budget: Mapping[str, Any]) -> None:
+    """Raise a TypeError if something is no profile, or its ``select`` takes no argument of such a name."""
+    if not callable(select := getattr(profile, "select", None)):
+        raise TypeError(f"profile is a {type(profile).__name__}: give a KappaProfile or a SensitivityProfile")
+    known = inspect.signature(select).parameters
+    for name, value in budget.items():
+        if name not in known:
+            hint = ": give one of these, or a KappaProfile" if name in ("criterion", "max_kappa") else ""
+            raise TypeError(
+                f"{name}={value!r} is no budget of a {type(profile).__name__}, which takes {', '.join(known)}{hint}"
+            )
 
 
 def _require_wholes(profile: KappaProfile | SensitivityProfile, selected: set[str]) -> None:

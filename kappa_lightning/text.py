@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 
 # Control and format characters, lone surrogates, and separators of lines and paragraphs.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -26,3 +28,21 @@ def printable(name: str) -> str:
 def counted(number: int, noun: str) -> str:
     """A number and what it counts, such as ``1 tensor`` and ``1,200 tensors``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def near_names(name: object, names: Iterable[str]) -> str:
+    """What to add to an error about a name that is not there: the nearest of those that are.
+
+    Example:
+        >>> near_names("fc.weight", ["embedding", "net.fc.weight"])
+        '; near names: net.fc.weight'
+        >>> near_names("x", ["conv.weight", "net.fc.weight"])
+        '; the names are like conv.weight, net.fc.weight'
+    """
+    known = [str(each) for each in names]
+    wanted = str(name)
+    near = [each for each in known if each.endswith(f".{wanted}") or wanted.endswith(f".{each}")]
+    near += [each for each in difflib.get_close_matches(wanted, known) if each not in near]
+    if near:
+        return f"; near names: {', '.join(map(printable, near[:3]))}"
+    return f"; the names are like {', '.join(map(printable, known[:3]))}" if known else "; there are none"

@@ -48,3 +48,14 @@ def test_each_tensor_is_a_point_and_what_trains_is_filled():
     filled = [len(group.get_facecolors()) and (group.get_facecolors()[:, 3] > 0).sum() for group in axes.collections]
     assert sum(filled) == 1
     assert png(signal_figure(SensitivityProfile([]))).startswith(b"\x89PNG")
+
+
+def test_legends_say_what_hollow_points_and_gray_lines_mean():
+    figure = signal_figure(profile(), ["layers.2.down.weight"])
+    of_roles, of_marks = figure.legends
+    assert {line.get_marker() for line in of_roles.get_lines()} == {"s"}  # is neither filled nor hollow
+    texts = [text.get_text() for text in of_marks.get_texts()]
+    trains, frozen, line = of_marks.get_lines()
+    assert texts == ["trains", "does not train", "equal b²/(c·n), more above"]
+    assert frozen.get_markerfacecolor() == "none" != trains.get_markerfacecolor()
+    assert line.get_linestyle() == "-"

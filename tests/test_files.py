@@ -116,3 +116,16 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path, writing):
     assert writing.returncode == 0
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "half"
+
+
+def test_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^none/a cannot be written: there is no folder none; create it"):
+        write_text("none/a", "new")
+    long = "a" * 300
+    with pytest.raises(OSError, match="too long") as caught:
+        write_text(long, "new")
+    assert caught.value.filename == long
+    os.symlink(tmp_path / "gone" / "b", "link")
+    with pytest.raises(FileNotFoundError, match=rf"^link cannot be written: there is no folder {tmp_path}/gone"):
+        write_text("link", "new")

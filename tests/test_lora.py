@@ -164,3 +164,20 @@ def test_sensitivity_profile_gives_targets_too():
     found = lora_targets(SensitivityProfile(rows), num_tensors=2)
     assert found == {"target_modules": ["layers.0.up"], "target_parameters": ["layers.0.experts.up_proj"]}
     assert lora_targets(SensitivityProfile(rows[:2]))["target_modules"] == ["layers.0.up"]
+
+
+@pytest.mark.parametrize("budget", [{"criterion": "kappa"}, {"max_kappa": 3.0}], ids=str)
+def test_budget_that_a_sensitivity_profile_has_not_is_named(budget):
+    from kappa_lightning.sensitivity import SensitivityProfile, SensitivityRow
+
+    profile = SensitivityProfile([SensitivityRow("up.weight", (8, 4), 4.0, 1.0, 32)])
+    (name,) = budget
+    with pytest.raises(
+        TypeError, match=rf"{name}=.* is no budget of a SensitivityProfile, which takes top_p, num_tensors, max_params:"
+    ):
+        lora_targets(profile, **budget)
+
+
+def test_what_is_no_profile_is_refused():
+    with pytest.raises(TypeError, match="profile is a str: give a KappaProfile or a SensitivityProfile"):
+        lora_targets("profile.json", top_p=1.0)

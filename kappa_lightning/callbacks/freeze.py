@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from kappa_lightning.arguments import describe
+from kappa_lightning.arguments import as_path, describe
 from kappa_lightning.callbacks.freezing import FreezeCallback
 from kappa_lightning.callbacks.plan import Choice, Plan
 from kappa_lightning.callbacks.progress import watching
@@ -133,7 +132,9 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
         self.criterion, self.within, self.seed = check_ranking(criterion, within, seed)
         self.settings = ProfileSettings(str(solver), rtol, str(experts), gate_up=str(gate_up), heads=str(heads))
         self.profile = profile if isinstance(profile, KappaProfile) else None
-        self.profile_path = None if profile is None or isinstance(profile, KappaProfile) else Path(profile)
+        self.profile_path = None
+        if profile is not None and self.profile is None:
+            self.profile_path = as_path(profile, "profile", "a KappaProfile, or the path of the file of one")
         self._given_profile = self.profile
 
     @property

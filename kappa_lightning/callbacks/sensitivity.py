@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from kappa_lightning.arguments import as_bool, as_int, describe
+from kappa_lightning.arguments import as_bool, as_int, as_path, describe
 from kappa_lightning.callbacks.freezing import FreezeCallback
 from kappa_lightning.callbacks.plan import Choice, Plan
 from kappa_lightning.callbacks.progress import ticking
@@ -168,7 +167,9 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         self.scale_rates = as_bool(rates, "rates")
         self.seed = as_int(seed, "seed")
         self._given_profile = profile if isinstance(profile, SensitivityProfile) else None
-        self.profile_path = None if profile is None or isinstance(profile, SensitivityProfile) else Path(profile)
+        self.profile_path = None
+        if profile is not None and self._given_profile is None:
+            self.profile_path = as_path(profile, "profile", "a SensitivityProfile, or the path of the file of one")
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

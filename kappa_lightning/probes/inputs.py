@@ -82,6 +82,13 @@ class ReferenceInputs:
         """
         return self.batches
 
+    def require(self, task: Sequence[Any]) -> None:
+        """Make sure, before any work, that these batches of the new task are of the kind that is needed.
+
+        Raises:
+            TypeError: if they are not; the message says what to use instead.
+        """
+
     def distribution(self, module: nn.Module, batch: Any) -> OutputDistribution:
         """What the module says of a batch that is on its device.
 

@@ -17,7 +17,7 @@ _HELP = (
     "output=…) or TaskInputs(output=…), that return a distribution of kappa_lightning.probes.output: Categorical, "
     "Bernoulli, Gaussian, similarity or Joint"
 )
-_LABELS = ("labels", "label", "target", "targets")
+_LABELS = ("labels", "label", "target", "targets", "y")
 
 
 def predictions(module: nn.Module, batch: Any) -> OutputDistribution:
@@ -28,12 +28,17 @@ def predictions(module: nn.Module, batch: Any) -> OutputDistribution:
       for an image; of an encoder-decoder every label.
       A module whose forward takes the mapping itself gets that.
     - *A sequence or a tensor:* the module is called with the first entry, or with as many of the first ones as its
-      forward requires where a label follows them. If the batch has integer labels, they say in
-      which dimension the classes are; without labels the last one is taken for classes.
+      forward requires where a label follows them.
+
+    What a module returns is taken for the logits of a softmax if the batch's labels can be the numbers of its classes:
+    integers of the outputs' shape without one dimension, the last or the second, which is that of the classes. All of
+    them count classes from 0, but for one number that says that a label is to be ignored. A batch without labels says
+    nothing, and the last dimension is taken for classes: for a regression, say what it means.
 
     Raises:
         TypeError: if the module has no forward of its own or one that takes other arguments, returns no logits, or the
-            labels are no classes, so that the outputs may be anything.
+            labels are no classes (floating-point numbers, or of the outputs' own shape, as a regression of several
+            outputs has them), so that the outputs may be anything.
     """
     if isinstance(batch, Mapping):
         return _of_mapping(module, batch)
@@ -60,8 +65,10 @@ def _of_mapping(module: nn.Module, batch: Mapping[str, Any]) -> OutputDistributi
                 f"{type(module).__name__} neither holds a transformers model that returns logits nor defines a "
                 f"forward, so what it says of a batch is not known: {_HELP}"
             )
-        labels = next((batch[name] for name in _LABELS if name in batch), None)
-        inputs = {k: v for k, v in batch.items() if k not in _LABELS}
+        # A forward that cannot do without y has it for an input.
+        names = [name for name in _LABELS if name in batch and not (name == "y" and _requires(module, name))]
+        labels = batch[names[0]] if names else None
+        inputs = {k: v for k, v in batch.items() if k not in names}
         if _takes(module, **inputs):
             return _of_logits(module, _logits(module, module(**inputs)), labels)
         if _num_required(module) == 1 and _takes(module, batch):
@@ -124,6 +131,14 @@ def _num_required(module: nn.Module) -> int:
     return sum(p.kind in positional and p.default is p.empty for p in parameters)
 
 
+def _requires(module: nn.Module, name: str) -> bool:
+    try:
+        parameter = inspect.signature(module.forward).parameters.get(name)
+    except ValueError:
+        return False
+    return parameter is not None and parameter.default is parameter.empty
+
+
 def _does_not_take(module: nn.Module, what: str) -> TypeError:
     signature = inspect.signature(module.forward)
     return TypeError(f"the forward of {type(module).__name__} takes {signature}, and not {what}: {_HELP}")
@@ -143,12 +158,26 @@ def _of_logits(module: nn.Module, logits: Tensor, labels: Any) -> Categorical:
     if labels is None:
         return Categorical(logits)
     if isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex():
+        found = None
         if labels.shape == logits.shape[:-1]:
-            return Categorical(logits)
-        if labels.shape == logits.shape[:1] + logits.shape[2:]:
-            return Categorical(logits.movedim(1, -1))
+            found = Categorical(logits)
+        elif labels.shape == logits.shape[:1] + logits.shape[2:]:
+            found = Categorical(logits.movedim(1, -1))
+        if found is not None:
+            _require_class_numbers(module, labels, found.logits.shape[-1])
+            return found
     what = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
     raise TypeError(
         f"{type(module).__name__} returns {tuple(logits.shape)} and the batch's labels are {what}, so its outputs are "
         f"not the logits of a softmax over classes: {_HELP}"
     )
+
+
+def _require_class_numbers(module: nn.Module, labels: Tensor, classes: int) -> None:
+    others = labels[(labels < 0) | (labels >= classes)]
+    if len(others) and (low := int(others.min())) != (high := int(others.max())):
+        raise TypeError(
+            f"{type(module).__name__} has {classes} outputs and the batch's labels hold {low} and {high}, "
+            f"which are no numbers of {classes} classes, so its outputs are not the logits of a "
+            f"softmax over them: {_HELP}"
+        )

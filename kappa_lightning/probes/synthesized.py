@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from kappa_lightning.probes.inputs import Output, TaskInputs
 from kappa_lightning.probes.output import Categorical, OutputDistribution
 from kappa_lightning.restoring import gradients_restored
 
 _NO_INPUTS = ("labels", "label", "target", "targets", "attention_mask")
+_INSTEAD = 'use reference="inputs" or a dataloader'
 
 
 class SynthesizedInputs(TaskInputs):
@@ -71,6 +73,15 @@ class SynthesizedInputs(TaskInputs):
             super().__str__() if self._as_they_are else "the task's inputs, changed into ones that the model recognizes"
         )
 
+    @override
+    def require(self, task: Sequence[Any]) -> None:
+        if not self.required or not task:
+            return
+        try:
+            _input_of(task[0])
+        except _CannotError as error:
+            raise TypeError(f"{error}: {_INSTEAD}") from error
+
     def prepare(
         self, module: nn.Module, task: Iterable[Any] = (), *, watch: Callable[[int], Any] | None = None
     ) -> Iterable[Any]:
@@ -87,7 +98,7 @@ class SynthesizedInputs(TaskInputs):
                 made.append(self._changed(module, batch, number, watch))
             except _CannotError as error:
                 if self.required:
-                    raise TypeError(f'{error}: use reference="inputs" or a dataloader') from error
+                    raise TypeError(f"{error}: {_INSTEAD}") from error
                 self._as_they_are = True
                 return batches
         return made

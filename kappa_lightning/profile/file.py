@@ -77,8 +77,11 @@ def read_document(
 
     Raises:
         FileNotFoundError: if there is no such file.
+        IsADirectoryError: if it is a folder.
         ValueError: if the file is truncated or damaged, is something else, or comes from another version.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name the file of the {kind}")
     try:
         document = parse(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kappa_lightning.arguments import as_module, as_names
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile.compute import compute_rows
 from kappa_lightning.profile.distributed import Watch, compute_distributed
@@ -24,7 +25,7 @@ from kappa_lightning.profile.progress import progress_bar
 from kappa_lightning.profile.row import KappaRow
 from kappa_lightning.profile.settings import ProfileSettings
 from kappa_lightning.selection import Budget, select
-from kappa_lightning.text import counted
+from kappa_lightning.text import counted, near_names
 from kappa_lightning.weights import (
     Weight,
     checkpoint_weights,
@@ -279,9 +280,10 @@ class KappaProfile:
         """The same profile with only the rows of some names.
 
         Raises:
+            TypeError: if ``names`` is one string.
             KeyError: if a name has no row.
         """
-        rows = (self[name] for name in names)
+        rows = [self[name] for name in as_names(names, "names")]
         return KappaProfile(rows, self.settings)
 
     def renamed_for(self, names: Sequence[str]) -> KappaProfile:
@@ -312,9 +314,11 @@ class KappaProfile:
         The rows of a checkpoint's buffers are passed over where the module has a buffer of that name and shape.
 
         Raises:
+            TypeError: if ``module`` is none.
             ValueError: if a tensor of the profile is missing from the module or its content is another; the message
                 names the first.
         """
+        as_module(module, "module")
         for difference in self.differences(module):
             raise ValueError(difference)
 
@@ -332,6 +336,7 @@ class KappaProfile:
 
         Raises:
             FileNotFoundError: if there is no such file.
+            IsADirectoryError: if it is a folder.
             ValueError: if the file is truncated, is no profile, or comes from a newer version of this package.
         """
         document = read_profile_file(path)
@@ -370,6 +375,8 @@ class KappaProfile:
         return name in self._rows
 
     def __getitem__(self, name: str) -> KappaRow:
+        if name not in self._rows:
+            raise KeyError(f"the profile has no row for {name}{near_names(name, self._rows)}")
         return self._rows[name]
 
     def __eq__(self, other: object) -> bool:

@@ -96,6 +96,7 @@ class Measurement:
             ValueError: if there is no batch, or a loss is no finite scalar.
         """
         asked = resolve_reference(self.reference, self.module)
+        asked.require(self.batches)
         with differentiating(self.module, self.weights):
             with self.watch("Signal", self._share(len(self.batches))) as tick:
                 losses = (self._step(number, tick) for number in self._numbers(len(self.batches)))
@@ -130,6 +131,7 @@ class Measurement:
         if not self.batches:
             raise ValueError("the train dataloader gave no batch: there is no task to measure a signal of")
         asked = resolve_reference(self.reference, self.module)
+        asked.require(self.batches)
         with differentiating(self.module, self.weights):
             # Every process takes all steps, each of which needs the one before.
             with self.watch("Signal", len(self.batches)) as tick:
@@ -173,6 +175,7 @@ class Measurement:
         if not self.batches:
             raise ValueError("the train dataloader gave no batch: there is no task to try")
         asked = resolve_reference(self.reference, self.module)
+        asked.require(self.batches)
         with differentiating(self.module, self.weights):
             with modes_restored(self.module):
                 self.module.eval()

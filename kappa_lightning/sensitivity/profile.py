@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kappa_lightning.arguments import as_module, as_names
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.parts import split_into_parts
 from kappa_lightning.selection import Budget
@@ -21,6 +22,7 @@ from kappa_lightning.sensitivity.progress import progress_bar
 from kappa_lightning.sensitivity.row import SensitivityRow
 from kappa_lightning.sensitivity.settings import METHODS, SensitivitySettings
 from kappa_lightning.sensitivity.together import forgetting_together, least_together
+from kappa_lightning.text import near_names
 from kappa_lightning.weights import Weight, find_weights, included, plain_parameters
 
 
@@ -131,6 +133,7 @@ class SensitivityProfile:
             >>> [row.name for row in profile]
             ['0.weight', '2.weight']
         """
+        as_module(module, "module")
         weights = [weight for weight in included(find_weights(module), module, include, exclude) if weight.is_trainable]
         if train_vectors:
             weights += vectors_of(module)
@@ -191,7 +194,7 @@ class SensitivityProfile:
 
     def value(self, name: str) -> float:
         """b²/(c·n) of a tensor: how little each of its parameters forgets for what it learns."""
-        return value(self._rows[name], self.optimizer)
+        return value(self[name], self.optimizer)
 
     def rank(self) -> list[SensitivityRow]:
         """The rows by falling b²/(c·n)."""
@@ -220,35 +223,39 @@ class SensitivityProfile:
             ∞ for a choice that learns nothing, or that holds a tensor that the reference does not reach.
 
         Raises:
+            TypeError: if ``names`` is one string.
             KeyError: if a name has no row.
         """
-        chosen = list(names)
-        missing = sorted(name for name in chosen if name not in self._rows)
-        if missing:
-            raise KeyError(f"the profile has no row for {missing[0]}: it was measured with other patterns")
+        chosen = as_names(names, "names")
+        rows = [self[name] for name in chosen]
         if self.interactions is not None:
             return forgetting_together(list(self), self.interactions, chosen)
-        return predicted_forgetting([self._rows[name] for name in chosen], self.optimizer)
+        return predicted_forgetting(rows, self.optimizer)
 
     def among(self, names: Sequence[str]) -> SensitivityProfile:
         """The profile of some of the rows, in the order of their names here.
 
         Raises:
+            TypeError: if ``names`` is one string.
             KeyError: if a name has no row.
         """
+        names = as_names(names, "names")
+        rows = [self[name] for name in names]
         places = {name: place for place, name in enumerate(self._rows)}
         matrix = self.interactions
         if matrix is not None:
             chosen = [places[name] for name in names]
             matrix = matrix[np.ix_(chosen, chosen)]
-        return SensitivityProfile([self._rows[name] for name in names], self.settings, matrix)
+        return SensitivityProfile(rows, self.settings, matrix)
 
     def check(self, module: nn.Module) -> None:
         """Make sure that this is the profile of a module's present weights.
 
         Raises:
+            TypeError: if ``module`` is none.
             ValueError: if a tensor is missing from the module or its content is another; the message names the first.
         """
+        as_module(module, "module")
         for difference in self.differences(module):
             raise ValueError(difference)
 
@@ -281,6 +288,7 @@ class SensitivityProfile:
 
         Raises:
             FileNotFoundError: if there is no such file.
+            IsADirectoryError: if it is a folder.
             ValueError: if the file is truncated, was changed, is no such profile, or comes from another version.
         """
         content = read_sensitivity_file(path)
@@ -316,6 +324,8 @@ class SensitivityProfile:
         return name in self._rows
 
     def __getitem__(self, name: str) -> SensitivityRow:
+        if name not in self._rows:
+            raise KeyError(f"the profile has no row for {name}{near_names(name, self._rows)}")
         return self._rows[name]
 
     def __eq__(self, other: object) -> bool:

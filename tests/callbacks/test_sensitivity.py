@@ -19,7 +19,7 @@ from tiny import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kappa_lightning import KappaFreezeCallback, SensitivityFreezeCallback, SensitivityProfile
+from kappa_lightning import KappaFreezeCallback, KappaProfile, SensitivityFreezeCallback, SensitivityProfile
 from kappa_lightning.probes import Gaussian, TaskInputs
 
 
@@ -334,6 +334,7 @@ def test_tensor_that_the_reference_does_not_reach_is_warned_of(tmp_path):
         ({"batches": 1.5}, TypeError, "batches=1.5"),
         ({"reference": "wikitext"}, ValueError, "reference='wikitext' is unknown"),
         ({"exclude": "@embeddings"}, TypeError, "exclude='@embeddings' is one string"),
+        ({"profile": KappaProfile([])}, TypeError, "profile is a KappaProfile: give a SensitivityProfile, or the path"),
     ],
 )
 def test_argument_that_is_none_is_refused(options, error, message):

@@ -80,6 +80,7 @@ def test_model_without_a_text_and_text_that_is_too_short_are_errors(model, tmp_p
         (["--text", "nothing.txt"], "error: --text nothing.txt: there is no such file"),
         (["--text", "binary.txt"], "error: --text binary.txt is no text in UTF-8"),
         (["--text", "text.txt", "--sequences", "0"], "error: --sequences 0 is too small: give at least 1"),
+        (["--text", "text.txt", "--reference", "synthesized"], "error: --reference synthesized is for classifiers"),
         (["--text", "text.txt", "--figure", "a.foo"], "error: --figure a.foo: the ending must be one of"),
         (["--text", "text.txt", "--scatter", "a"], "error: --scatter a: the ending must be one of"),
     ],

@@ -153,6 +153,37 @@ def test_outputs_that_are_no_classes_are_not_taken_for_classes(labels):
         rows(Classifier(), (torch.randn(5, 3), labels))
 
 
+class Reading(Classifier):
+    """Takes the batch itself, its labels under another name."""
+
+    def forward(self, batch):
+        return self.layer(batch["x"])
+
+
+@pytest.mark.parametrize("module", [Classifier(), Reading()])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_regression_whose_labels_are_called_y_is_not_taken_for_a_softmax(module, dtype):
+    with pytest.raises(TypeError, match=r"returns \(5, 4\) and the batch's labels are.*output_distribution"):
+        TaskInputs().distribution(module, {"x": torch.randn(5, 3), "y": torch.zeros(5, 4, dtype=dtype)})
+    said = TaskInputs().distribution(module, {"x": torch.randn(5, 3), "y": torch.zeros(5, dtype=torch.int64)})
+    assert said.logits.shape == (5, 4)
+
+
+def test_input_that_is_called_y_is_no_label():
+    said = TaskInputs().distribution(Summed(), {"x": torch.zeros(2, 3), "y": torch.ones(2, 3)})
+    torch.testing.assert_close(said.logits, Summed().layer(torch.ones(2, 3)))
+
+
+def test_integers_that_number_no_classes_are_not_taken_for_classes():
+    x = torch.randn(3, 3)
+    with pytest.raises(TypeError, match=r"4 outputs and the batch's labels hold 4 and 90, which are no numbers of 4"):
+        rows(Classifier(), (x, torch.tensor([4, 90, 1])))
+    with pytest.raises(TypeError, match="hold -3 and -1"):
+        rows(Classifier(), (x, torch.tensor([-3, -1, 1])))
+    for ignored in (-100, 255, -1):
+        assert len(rows(Classifier(), (x, torch.tensor([ignored, 3, ignored])))) == 3
+
+
 def test_regression_with_one_output_is_not_taken_for_a_softmax():
     with pytest.raises(TypeError, match=r"one output.*Gaussian"):
         rows(Classifier(outputs=1), (torch.randn(5, 3),))

@@ -412,3 +412,13 @@ def test_selection_is_by_kappa_within_the_budget(profile):
     assert profile.select(num_tensors=3) == ranking[:3]
     assert profile.select(max_kappa=profile[ranking[1]].kappa) == ranking[:2]
     assert set(profile.select(max_params=28 + 24)) <= set(SMALL) - {"experts"}
+
+
+def test_name_without_a_row_is_told_the_nearest_and_no_module_is_refused():
+    profile = KappaProfile.from_model(nn.ModuleDict({"net": nn.Linear(2, 2)}), progress=False)
+    with pytest.raises(KeyError, match=r"no row for nt\.weight; near names: net\.weight"):
+        profile["nt.weight"]
+    with pytest.raises(TypeError, match=r"names='net\.weight' is one string"):
+        profile.restrict("net.weight")
+    with pytest.raises(TypeError, match="module='x' is a str"):
+        profile.check("x")

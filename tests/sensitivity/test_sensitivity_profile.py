@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kappa_lightning.probes import GeneratedText
-from kappa_lightning.sensitivity import SensitivityProfile
+from kappa_lightning.sensitivity import SensitivityProfile, SensitivityRow
 
 
 def llama():
@@ -126,3 +126,44 @@ def test_frozen_tensors_are_not_measured():
     model = llama()
     model.model.layers[0].requires_grad_(False)
     assert {row.name.split(".")[2] for row in profile_of(model)} == {"1"}
+
+
+def small():
+    return SensitivityProfile(
+        [SensitivityRow(name, (4, 4), 1.0, 2.0, 16) for name in ("net.fc.weight", "net.conv.weight")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda p: p.forgetting("net.fc.weight"), TypeError, r"names='net\.fc\.weight' is one string: give a list"),
+        (lambda p: p.among("net.fc.weight"), TypeError, r"names='net\.fc\.weight' is one string: give a list"),
+        (lambda p: p.forgetting(3), TypeError, "names=3 is a int: give a list of names"),
+        (lambda p: p["fc.weight"], KeyError, r"no row for fc\.weight; near names: net\.fc\.weight"),
+        (lambda p: p.value("net.cnv.weight"), KeyError, r"no row for net\.cnv\.weight; near names: net\.conv\.weight"),
+        (lambda p: p.forgetting(["nope"]), KeyError, r"no row for nope; the names are like net\.fc\.weight, net\.conv"),
+        (lambda p: p.among(["nope"]), KeyError, "no row for nope; the names are like"),
+        (lambda p: p.check("x"), TypeError, "module='x' is a str: give the model itself, a torch.nn.Module"),
+    ],
+)
+def test_wrong_argument_is_named_with_what_to_do(use, error, message):
+    with pytest.raises(error, match=message):
+        use(small())
+
+
+def test_file_that_cannot_be_read_or_written_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match=rf"{tmp_path} is a folder: name the file of the sensitivity profile"):
+        SensitivityProfile.load(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"none/p\.json cannot be written: there is no folder .*none; create it"
+    ):
+        small().save(tmp_path / "none" / "p.json")
+
+
+def test_synthesized_inputs_of_tokens_are_refused_before_any_work():
+    def none(model, batch):
+        raise AssertionError("a loss was computed")
+
+    with pytest.raises(TypeError, match=r'must be a floating-point tensor.*use reference="inputs"'):
+        SensitivityProfile.from_model(llama(), TASK, none, reference="synthesized", progress=False)

@@ -83,6 +83,11 @@ def _run(args: Namespace) -> int:
     is_config = Path(args.model).suffix in _CONFIGS
     if not is_config and args.text is None:
         raise ValueError(f"{args.model} is no configuration (.yaml), so the new task is needed: give --text FILE")
+    if not is_config and args.reference == "synthesized":
+        raise ValueError(
+            f"--reference synthesized is for classifiers, whose inputs a gradient can change, and {args.model} reads "
+            "tokens: use --reference generated or inputs"
+        )
     profile = _of_config(args) if is_config else _of_model(args)
     if args.out is not None:
         profile.save(args.out)
