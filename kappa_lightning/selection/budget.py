@@ -20,7 +20,8 @@ class Budget:
         max_kappa: every tensor whose κ is at most this.
         max_params: a number of parameters if an int, a share of the candidates' parameters in (0, 1] if a float; the
             first ones of the ranking train until the next does not fit (one that is larger than the whole budget is
-            passed over).
+            passed over). A whole float above 1 is a number, too: from Python 3.12 on LightningCLI may read the 1000 of
+            a YAML file as 1000.0, whatever the order of a union's types.
 
     Raises:
         TypeError: if a limit has the wrong type.
@@ -45,6 +46,8 @@ class Budget:
             raise ValueError(f"give exactly one budget of top_p, num_tensors, max_kappa and max_params; got {found}")
         ((name, value),) = given.items()
         value = as_number(value, name)
+        if name == "max_params" and isinstance(value, float) and value > 1 and value.is_integer():
+            value = int(value)
         object.__setattr__(self, name, value)
         if name == "num_tensors" and not isinstance(value, int):
             raise TypeError(f"num_tensors={value!r} must be an int; for a share of the tensors use top_p")

@@ -31,7 +31,7 @@ def installed(monkeypatch):
 def test_doctor_says_what_is_installed_and_that_it_works(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert re.search(rf"torch\s+{re.escape(torch.__version__)}", out)
+    assert re.search(rf"torch\s+{re.escape(torch.__version__.split('+')[0])}", out)
     assert out.count("\nok ") == 3 + torch.cuda.device_count()
     assert "FAILED" not in out
     assert out.endswith("no problem found\n")

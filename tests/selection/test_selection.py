@@ -275,7 +275,7 @@ def test_no_candidates_is_an_error():
         ({"max_params": 0}, "max_params=0 is a budget of nothing"),
         ({"max_params": 0.0}, r"max_params=0\.0 is a budget of nothing"),
         ({"max_params": 1.5}, r"max_params=1\.5 is not a share"),
-        ({"max_params": 1e6}, r"max_params=1000000\.0 is not a share"),
+        ({"max_params": 1000.5}, r"max_params=1000\.5 is not a share"),
         ({"max_kappa": 0.99}, r"max_kappa=0\.99 is a budget of nothing"),
         ({"max_kappa": -5}, "max_kappa=-5 is a budget of nothing"),
         ({"max_kappa": math.nan}, "max_kappa=nan is a budget of nothing"),
@@ -370,3 +370,14 @@ def test_parameter_limit_is_kept_and_the_first_tensor_left_out_does_not_fit(valu
     ranking = rank(rows)
     assert chosen == [row.name for row in ranking[: len(chosen)]]
     assert all(used + row.num_parameters > limit for row in ranking[len(chosen) : len(chosen) + 1])
+
+
+def test_whole_float_above_one_is_a_number_of_parameters():
+    budget = Budget(max_params=1000.0)
+    assert budget == Budget(max_params=1000)
+    assert type(budget.max_params) is int
+    assert type(Budget(max_params=1.0).max_params) is float
+    with pytest.raises(ValueError, match=r"max_params=1\.5 is not a share"):
+        Budget(max_params=1.5)
+    with pytest.raises(ValueError, match=r"max_params=inf is not a share|max_params=inf"):
+        Budget(max_params=math.inf)

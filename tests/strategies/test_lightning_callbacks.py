@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
+from packaging.version import Version
 from ranks import on_ranks
 from tiny import Bank, Down, Spy, make_trainer, numpy_ranking, scalars, snapshot, trainable
 from torch import Tensor
@@ -184,6 +185,9 @@ def test_summary_counts_what_trains_wherever_it_stands(tmp_path: Path, processes
     assert all(shown == [None] * 4 for shown in others)
 
 
+# Before torch 2.12 AveragedModel takes no weights of another precision than those that it was made of.
+PRECISIONS = ("32-true", "bf16-true", "64-true") if Version(torch.__version__) >= Version("2.12") else ("32-true",)
+
 AVERAGING: dict[str, Callable[[], Callback]] = {
     "SWA": lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1),
     "mean": lambda: WeightAveraging(),
@@ -197,7 +201,7 @@ def average(processes: int, root: Path) -> list[dict[str, Any]]:
         {"kind": kind, "first": first, "validate": validate, "precision": precision}
         | average_once(AVERAGING[kind](), kind, first, validate, precision, processes, root)
         for kind in AVERAGING
-        for precision in ("32-true", "bf16-true", "64-true")
+        for precision in PRECISIONS
         for first, validate in itertools.product((True, False), repeat=2)
         if precision == "32-true" or (first and validate)
     ]

@@ -30,7 +30,7 @@ from kappa_lightning.version import __version__
 # Distribution, oldest version that is known to work, whether all needs it, and what it is for.
 _PACKAGES = (
     ("torch", "2.11", True, "everything"),
-    ("lightning", "2.6", True, "the callbacks"),
+    ("lightning", "2.6.1", True, "the callbacks"),
     ("torchmetrics", "1.8", True, "probes and ForgettingEval"),
     ("safetensors", "0.5", True, "checkpoints on disk"),
     ("matplotlib", "3.9", True, "figures"),
