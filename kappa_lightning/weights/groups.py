@@ -74,7 +74,7 @@ _MADE_FROM = re.compile(
 
 _NORM = re.compile(r"norm|(?:^|_)ln(?:_?(?:\d+|f|pre|post))?(?:_|$)", re.IGNORECASE)
 _EMBEDDING = re.compile(
-    r"(?:^|_)(?:embed|embeds|embedding|embeddings)(?:_|$)|^w[tp]e$|^shared$|^rel_(?:pos|embeddings)"
+    r"(?:^|_)(?:emb|embed|embeds|embedding|embeddings)(?:_|$)|^w[tp]e$|^shared$|^rel_(?:pos|embeddings)"
     r"|^(?:cls|class|dist|distillation|mask|register|reg)_tokens?$|^relative_(?:attention|position)_bias",
     re.IGNORECASE,
 )
@@ -82,7 +82,7 @@ _NO_EMBEDDING = re.compile(r"proj|mapping|_out$|linear|dense|fc|model|net|norm",
 _PATCHES = re.compile(r"^patch_?embed", re.IGNORECASE)
 _LINEAR = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase)
 
-_HEAD = re.compile(r"(?:^|_)heads?$|(?:^|_)classifier$|^(?:score|cls|qa_outputs|embed_out|vocab_projector|proj_out)$")
+_HEAD = re.compile(r"(?:^|_)heads?$|(?:^|_)classifier$|^(?:score|cls|qa_outputs|embed_out|vocab_projector|proj_out|logits_proj)$")
 _SHORT_HEAD = re.compile(r"^(?:fc|output)$")
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -96,12 +96,12 @@ _MLP_LEAF = re.compile(r"^(?:gate_up_proj|gate_proj|up_proj|down_proj|dense_h_to
 # These stand beside the attention in the repeated layer itself; elsewhere the names say nothing.
 _MLP_LEAF_OF_LAYER = re.compile(r"^(?:fc[12]|linear[12]|lin[12])$")
 _GATE_UP = re.compile(
-    r"^(?:(?:gate|up)(?:_proj)?|gate_up(?:_proj)?|w1|w3|v1|w12|wi|wi_[01]|c_fc|fc1|fc_in|lin1|linear_?1|dense1"
-    r"|dense_h_to_4h|input_linear|intermediate_dense|weights_in|ff_proj)$",
+    r"^(?:(?:gate|up)(?:_proj)?|gate_up(?:_proj)?|w1|w3|v1|w12|wi|wi_[01]|c_fc|fc1|fc_in|lin1|linear_?1|layer_1|dense1"
+    r"|dense_h_to_4h|ffn|input_linear|intermediate_dense|weights_in|ff_proj)$",
     re.IGNORECASE,
 )
 _DOWN = re.compile(
-    r"^(?:down(?:_proj)?|w2|wo|c_proj|fc2|fc_out|lin2|linear_?2|dense2|dense_4h_to_h|output_linear|output_dense"
+    r"^(?:down(?:_proj)?|w2|wo|c_proj|fc2|fc_out|lin2|linear_?2|layer_2|dense2|dense_4h_to_h|ffn_output|output_linear|output_dense"
     r"|weights_out|ff_out)$",
     re.IGNORECASE,
 )
@@ -109,7 +109,13 @@ _DOWN = re.compile(
 _BERT = {"intermediate": "@gate_up", "intermediate_query": "@gate_up", "output": "@down", "output_query": "@down"}
 
 _EXPERTS = re.compile(r"^(?:shared_)?experts?(?:_\d+)?$")
-_ROUTER = re.compile(r"(?:^|_)router$|^shared_expert_gate$")
+# Experts without a module of their own: the fused weights of Granite's older files and of JetMoe, in the MoE layer itself.
+_FUSED = ("input_linear", "output_linear")
+# Gemma 3n's modality_router mixes the streams of a layer, and routes no token to an expert.
+_ROUTER = re.compile(r"(?<!modality)(?:^|_)router$|^shared_expert_gate$")
+
+# What leads from one modality into another is a feed-forward layer by its class in some models, but not one of the layers'.
+_CONNECTOR = re.compile(r"^(?:connector|multi_modal_projector|modality_projection)$")
 
 
 class _Places:
@@ -120,8 +126,11 @@ class _Places:
         self.aliases: dict[str, list[str]] = {}
         for alias, first in ({} if module is None else tied_names(module)).items():
             self.aliases.setdefault(first, []).append(alias)
+        every = [_parts(name) for name in names]
         # What holds experts: the "gate" beside them is a router, and elsewhere a projection.
-        self.moes = {tuple(parts[:index]) for parts in map(_parts, names) for index in _experts_at(parts)}
+        self.moes = {tuple(parts[:index]) for parts in every for index in _named_experts(parts)}
+        self.moes |= {tuple(parts[:index]) for parts in every for index, part in enumerate(parts) if part == "router"}
+        self.layers_of_moes = {moe[:-1] for moe in self.moes}
 
     def groups_of(self, name: str) -> frozenset[str]:
         if any(_is_embedding(_parts(each), self.layers) for each in (name, *self.aliases.get(name, ()))):
@@ -133,11 +142,23 @@ class _Places:
             return frozenset()
         if _is_router(parts, self.moes):
             return frozenset({"@router"})
-        groups = {"@experts"} if _experts_at(parts) else set()
+        groups = {"@experts"} if self._of_experts(parts) else set()
         kind = _kind(parts, self.layers)
         if kind == "@mlp" or (kind is None and groups):
             return frozenset({*groups, "@mlp", *_side(parts)})
         return frozenset(groups if kind is None else {*groups, kind})
+
+    def _of_experts(self, parts: Sequence[str]) -> bool:
+        if _named_experts(parts):
+            return True
+        for index, part in enumerate(parts[:-1]):
+            outside = tuple(parts[:index])
+            if part in _FUSED and outside in self.moes:
+                return True
+            # Granite's hybrids have theirs beside the MoE layer, others within it; their dense models have it as the MLP.
+            if part == "shared_mlp" and (outside in self.moes or outside in self.layers_of_moes):
+                return True
+        return False
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -195,11 +216,11 @@ def _is_norm(parts: Sequence[str], owner: nn.Module | None) -> bool:
     return "norm" in type(owner).__name__.lower() or any(_NORM.search(part) for part in parts[-2:-1])
 
 
-def _experts_at(parts: Sequence[str]) -> list[int]:
-    """Where the parts name experts; Granite's older files keep theirs in the MoE layer itself."""
+def _named_experts(parts: Sequence[str]) -> list[int]:
+    """Where the parts name experts."""
     found = [index for index, part in enumerate(parts) if _EXPERTS.match(part)]
     inside = [index + 1 for index, part in enumerate(parts[:-1]) if part.endswith("_moe")]
-    return found + [index for index in inside if parts[index] in ("input_linear", "output_linear")]
+    return found + [index for index in inside if parts[index] in _FUSED]
 
 
 def _is_router(parts: Sequence[str], moes: set[tuple[str, ...]]) -> bool:
@@ -217,11 +238,15 @@ def _kind(parts: Sequence[str], layers: Mapping[str, nn.Module]) -> str | None:
     leaf = _leaf(parts)
     if _ATTENTION_LEAF.match(leaf):
         return "@attention"
+    if any(_CONNECTOR.match(part) for part in parts):
+        return None
     in_layer = start_of_layers(".".join(parts)) is not None
     if _MLP_LEAF.match(leaf) or (in_layer and _MLP_LEAF_OF_LAYER.match(leaf)):
         return "@mlp"
     for index in range(len(parts) - 2, -1, -1):
         part, layer = parts[index], layers.get(".".join(parts[: index + 1]))
+        if _EXPERTS.match(part) and index > 0 and _ATTENTION.search(parts[index - 1]):
+            return "@attention"  # experts of attention, as JetMoe has them
         kind = type(layer).__name__.lower()
         if _ATTENTION.search(part) or isinstance(layer, nn.MultiheadAttention) or kind.endswith("attention"):
             return "@attention"
@@ -243,7 +268,8 @@ def _side(parts: Sequence[str]) -> set[str]:
         if part in _BERT and inner == "dense":
             return {_BERT[part]}
     # A sequence of projection, activation, perhaps dropout, and projection, as torchvision and diffusers have it.
-    place = next((part for part in reversed(parts) if part.isdigit()), None)
+    at = max(index for index, part in enumerate(parts) if part.removesuffix("_bias") == leaf)
+    place = parts[at - 1] if leaf == "proj" else next(iter(parts[at + 1 :]), "")
     if _MLP.search(leaf) or leaf in ("net", "proj"):
-        return {"0": {"@gate_up"}, "2": {"@down"}, "3": {"@down"}}.get(place or "", set())
+        return {"0": {"@gate_up"}, "2": {"@down"}, "3": {"@down"}}.get(place, set())
     return set()

@@ -49,6 +49,18 @@ def experts(moe, *routers, shared=None):
     }
 
 
+def text_and_vision(text, vision):
+    """The groups of SmolVLM: Llama behind SigLIP's tower, and none for the connector between them."""
+    tower = f"{vision}encoder.layers.*."
+    groups = {group: {role.replace("model.", text) for role in roles} for group, roles in llama().items()}
+    groups["@embeddings"] |= {f"{vision}embeddings.{kind}_embedding" for kind in ("patch", "position")}
+    groups["@attention"] |= {f"{tower}self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    groups["@mlp"] |= {f"{tower}mlp.fc1", f"{tower}mlp.fc2"}
+    groups["@gate_up"].add(f"{tower}mlp.fc1")
+    groups["@down"].add(f"{tower}mlp.fc2")
+    return groups | HEAD
+
+
 HEAD = {"@head": {"lm_head"}}
 TIED = {"tie_word_embeddings": True}
 FAMILIES = {
@@ -266,6 +278,13 @@ FAMILIES = {
         lambda: make("GraniteMoeForCausalLM", **DECODER, num_local_experts=3, tie_word_embeddings=False),
         experts("block_sparse_moe", "router"),
     ),
+    "smolvlm": (
+        lambda: make(
+            "SmolVLMForConditionalGeneration", vision_config=VISION, image_token_id=30, scale_factor=1,
+            text_config={**DECODER, "model_type": "llama"},
+        ),
+        text_and_vision("model.text_model.", "model.vision_model."),
+    ),
     "mamba": (
         lambda: make("MambaForCausalLM", vocab_size=31, hidden_size=8, num_hidden_layers=1, state_size=4),
         {"@embeddings": {"backbone.embeddings"}},
@@ -339,7 +358,43 @@ ON_DISK = {
         {"model.layers.0.block_sparse_moe.input_linear.weight": "@experts @gate_up @mlp",
          "model.layers.0.block_sparse_moe.output_linear.weight": "@down @experts @mlp",
          "model.layers.0.block_sparse_moe.router.layer.weight": "@router",
-         "model.layers.0.shared_mlp.input_linear.weight": "@gate_up @mlp"}
+         "model.layers.0.shared_mlp.input_linear.weight": "@experts @gate_up @mlp"}
+    ),
+    "granite-dense-hybrid": (
+        {"model.layers.0.shared_mlp.input_linear.weight": "@gate_up @mlp",
+         "model.layers.0.shared_mlp.output_linear.weight": "@down @mlp"}
+    ),
+    "jetmoe": (
+        {"model.layers.0.mlp.input_linear.weight": "@experts @gate_up @mlp",
+         "model.layers.0.mlp.output_linear.weight": "@down @experts @mlp",
+         "model.layers.0.mlp.bias": "@mlp",
+         "model.layers.0.mlp.router.layer.weight": "@router",
+         "model.layers.0.self_attention.experts.input_linear.weight": "@attention @experts",
+         "model.layers.0.self_attention.experts.router.layer.weight": "@router",
+         "model.layers.0.self_attention.kv_proj.weight": "@attention"}
+    ),
+    "albert": (
+        {f"albert.encoder.albert_layer_groups.{group}.albert_layers.0.{layer}.weight": f"{side} @mlp"
+         for group in (0, 2) for layer, side in (("ffn", "@gate_up"), ("ffn_output", "@down"))}
+    ),
+    "xlnet": (
+        {"transformer.mask_emb": "@embeddings", "transformer.layer.2.rel_attn.seg_embed": "@embeddings",
+         "transformer.layer.2.rel_attn.q": "@attention", "transformer.layer.2.rel_attn.r_w_bias": "@attention",
+         "transformer.layer.2.ff.layer_1.weight": "@gate_up @mlp",
+         "transformer.layer.2.ff.layer_2.weight": "@down @mlp", "logits_proj.weight": "@head"}
+    ),
+    "gemma3n": (
+        {"model.language_model.layers.0.altup.modality_router.weight": "",
+         "model.language_model.layers.0.mlp.gate_proj.weight": "@gate_up @mlp"}
+    ),
+    "connectors": (
+        {"model.connector.modality_projection.proj.weight": "",
+         "model.multi_modal_projector.linear_1.weight": "",
+         "model.connector.perceiver_resampler.layers.0.mlp.down_proj.weight": ""}
+    ),
+    "numbered-layers": (
+        {"blocks.0.mlp.weight": "@mlp", "blocks.2.mlp.weight": "@mlp", "blocks.2.mlp.0.weight": "@gate_up @mlp",
+         "blocks.0.mlp.2.weight": "@down @mlp"}
     ),
     "switch": (
         {"encoder.block.1.layer.1.mlp.router.classifier.weight": "@router",
