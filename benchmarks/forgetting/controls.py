@@ -14,6 +14,8 @@
                                   sequences of at most 48 tokens at every step, of 24 that the model wrote itself; the
                                   small LLaVA, whose texts have about eight tokens, on 16 of 960
 ``… + longer anchor 10``          the same with sequences of 96 tokens
+``sensitivity … on sentences``    by signal over sensitivity with unlabeled sentences as the reference; of the task
+                                  that has sentence pairs, those that are not evaluated
 ================================  ======================================================================================
 
 Every draw is of the run's seed. All other names are those of :mod:`kappa_lightning.pilot.candidates`.
@@ -34,8 +36,9 @@ from torch import nn
 
 import benchmarks.forgetting.candidates  # noqa: F401 - registers its criteria
 from benchmarks.forgetting.captions import NewCaptions
+from benchmarks.forgetting.scenes import TwoDigitScenes
 from benchmarks.forgetting.task import Task
-from kappa_lightning import KappaProfile, PretrainedAnchor
+from kappa_lightning import KappaProfile, PretrainedAnchor, SensitivityFreezeCallback
 from kappa_lightning.pilot.candidates import Candidate, candidate
 from kappa_lightning.pilot.train_only import TrainOnly
 from kappa_lightning.profile import KappaRow
@@ -43,12 +46,18 @@ from kappa_lightning.selection import CRITERIA, rank
 from kappa_lightning.weights import find_weights
 from kappa_lightning.weights.patterns import included, match_parameters
 from kappa_lightning.weights.roles import depth_and_role
+from recipes.image_text import ImageTextModel, tokenize
 
 _RANKED = re.compile(
     r"(?:(?P<control>permuted|depth-matched|folded):)?(?P<criterion>(?:reversed:)?\w+)\s+(?P<budget>0?\.\d+)"
     r"(?:\s+in\s+(?P<where>\S+))?"
 )
 _ANCHORED = re.compile(r"(?P<base>.+?)\s*\+\s*(?P<kind>light|longer) anchor\s+(?P<strength>\d+(?:\.\d+)?)")
+
+_ON_SENTENCES = re.compile(r"sensitivity\s+(?P<budget>0?\.\d+)\s+on\s+sentences")
+
+SENTENCES = 14
+"""Sentences in a batch of the reference, which the model says to be like each other or not."""
 
 _READS = re.compile(r"(?P<layer>.*\.)(?:(?P<attention>self_attn\.[qkv]_proj)|mlp\.(?:gate|up)_proj)\.weight")
 
@@ -77,6 +86,23 @@ def method(name: str, task: Task, seed: int, exclude: Sequence[str] = ()) -> Can
             return [*base.build(module), anchor]
 
         return Candidate(name, anchored)
+    if found := _ON_SENTENCES.fullmatch(name):
+        if not isinstance(task, TwoDigitScenes):
+            raise ValueError(f"{name!r} needs a task with sentence pairs: use it with scenes")
+        budget, asked = float(found["budget"]), task
+
+        def on_sentences(module: pl.LightningModule) -> list[Callback]:
+            assert isinstance(module, ImageTextModel)
+            texts = asked.unlabeled()
+            parts = [texts[at : at + SENTENCES] for at in range(0, len(texts), SENTENCES)]
+            reference = [{"tokens": tokenize(module.tokenizer, part)} for part in parts]
+            return [
+                SensitivityFreezeCallback(
+                    max_params=budget, reference=reference, exclude=exclude, always_train=task.new, seed=seed
+                )
+            ]
+
+        return Candidate(name, on_sentences)
     found = _RANKED.fullmatch(name)
     if found is None or found["criterion"].removeprefix("reversed:") not in CRITERIA:
         return candidate(name, always_train=task.new, exclude=exclude, seed=seed)

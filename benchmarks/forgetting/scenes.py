@@ -67,7 +67,8 @@ class TwoDigitScenes:
         vision_lr: str = "2e-3",
     ) -> None:
         self.text_model = text_model
-        self.pairs = spread(read_pairs(Path(sts) if sts else PAIRS), int(pairs) if pairs else None)
+        self.all_pairs = read_pairs(Path(sts) if sts else PAIRS)
+        self.pairs = spread(self.all_pairs, int(pairs) if pairs else None)
         known = {"recipe": WORDINGS, "short": SHORT}
         if wordings not in known:
             raise ValueError(f"wordings={wordings!r} is none of {', '.join(known)}")
@@ -91,6 +92,18 @@ class TwoDigitScenes:
         """Scenes."""
         assert isinstance(model, ImageTextModel)
         return SceneData(model.tokenizer, self.batch_size, seed, self.wordings, self.digits)
+
+    def unlabeled(self) -> list[str]:
+        """The sentences of the pairs that are not evaluated, each once; a sentence of an evaluated pair is left out.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        evaluated = {sentence for pair in self.pairs for sentence in pair[:2]}
+        others = dict.fromkeys(sentence for pair in self.all_pairs for sentence in pair[:2])
+        if left := [sentence for sentence in others if sentence not in evaluated]:
+            return left
+        raise ValueError("all pairs are evaluated: set pairs to fewer, so that sentences are left to ask about")
 
     def probes(self, model: pl.LightningModule, seed: int) -> dict[str, Probe]:
         """The Spearman correlation of sentence similarities with human scores."""

@@ -82,7 +82,9 @@ _NO_EMBEDDING = re.compile(r"proj|mapping|_out$|linear|dense|fc|model|net|norm",
 _PATCHES = re.compile(r"^patch_?embed", re.IGNORECASE)
 _LINEAR = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase)
 
-_HEAD = re.compile(r"(?:^|_)heads?$|(?:^|_)classifier$|^(?:score|cls|qa_outputs|embed_out|vocab_projector|proj_out|logits_proj)$")
+_HEAD = re.compile(
+    r"(?:^|_)heads?$|(?:^|_)classifier$|^(?:score|cls|qa_outputs|embed_out|vocab_projector|proj_out|logits_proj)$"
+)
 _SHORT_HEAD = re.compile(r"^(?:fc|output)$")
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -109,12 +111,12 @@ _DOWN = re.compile(
 _BERT = {"intermediate": "@gate_up", "intermediate_query": "@gate_up", "output": "@down", "output_query": "@down"}
 
 _EXPERTS = re.compile(r"^(?:shared_)?experts?(?:_\d+)?$")
-# Experts without a module of their own: the fused weights of Granite's older files and of JetMoe, in the MoE layer itself.
+# Experts without a module of their own, in the MoE layer itself: the fused weights of JetMoe and Granite's older files.
 _FUSED = ("input_linear", "output_linear")
 # Gemma 3n's modality_router mixes the streams of a layer, and routes no token to an expert.
 _ROUTER = re.compile(r"(?<!modality)(?:^|_)router$|^shared_expert_gate$")
 
-# What leads from one modality into another is a feed-forward layer by its class in some models, but not one of the layers'.
+# What leads from one modality into another: by its class a feed-forward layer in some models, but none of the layers'.
 _CONNECTOR = re.compile(r"^(?:connector|multi_modal_projector|modality_projection)$")
 
 
@@ -155,7 +157,7 @@ class _Places:
             outside = tuple(parts[:index])
             if part in _FUSED and outside in self.moes:
                 return True
-            # Granite's hybrids have theirs beside the MoE layer, others within it; their dense models have it as the MLP.
+            # Granite's hybrids have it beside the MoE layer, others within it; without one it is the MLP itself.
             if part == "shared_mlp" and (outside in self.moes or outside in self.layers_of_moes):
                 return True
         return False
