@@ -15,7 +15,7 @@ from benchmarks.forgetting.registry import TASKS
 from benchmarks.forgetting.task import LOSS, Task
 from kappa_lightning.pilot.adaptation import level_of, lowest_loss, slowest
 from kappa_lightning.pilot.journal import Journal
-from kappa_lightning.pilot.search import Execute, Outcome, find_rate, with_seed
+from kappa_lightning.pilot.search import Execute, Outcome, at_seed, find_rate
 from kappa_lightning.pilot.trial import Run, Setup, Spec, run_trial
 
 
@@ -63,10 +63,10 @@ def compare(protocol: Protocol, execute: Execute, *, seeds: Sequence[int] | None
             if step is None:
                 continue
             try:
-                outcome = with_seed(execute, name, step, found.level, seed=seed, half="all", climbs=protocol.climbs)
+                outcome = at_seed(execute, {name: step}, found.level, seed=seed, half="all", climbs=protocol.climbs)
             except NotRunError:
                 continue
-            found.outcomes.setdefault(name, {})[seed] = outcome
+            found.outcomes.setdefault(name, {})[seed] = outcome[name]
     return found
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Self
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -57,8 +58,16 @@ class Executor:
         self.workers = workers
         self.report = report
         self.made: dict[Spec, Run] = {}
+        self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
             _require_picklable(setup)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End the other processes."""
+        self._close()
 
     @property
     def spent(self) -> float:
@@ -108,18 +117,27 @@ class Executor:
         return known if known.source is None else known.source
 
     def _share(self, specs: Sequence[Spec]) -> None:
-        threads = max(1, torch.get_num_threads() // self.workers)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            self.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
-        ) as pool:
-            futures = [pool.submit(run_trial, self.setup, spec, self._sendable(spec.candidate)) for spec in specs]
-            try:
-                for future in as_completed(futures):
-                    self._keep(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        if self._pool is None:
+            # They stay for all runs: to start one takes as long as a short run.
+            threads = max(1, torch.get_num_threads() // self.workers)
+            self._pool = ProcessPoolExecutor(
+                self.workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=torch.set_num_threads,
+                initargs=(threads,),
+            )
+        futures = [self._pool.submit(run_trial, self.setup, spec, self._sendable(spec.candidate)) for spec in specs]
+        try:
+            for future in as_completed(futures):
+                self._keep(future.result())
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
 
 
 def _require_picklable(setup: Setup) -> None:

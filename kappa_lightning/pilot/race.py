@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from kappa_lightning.pilot.adaptation import Reading, level_of, lowest_loss, next_step, slowest
 from kappa_lightning.pilot.executor import Executor, OutOfTimeError
-from kappa_lightning.pilot.search import Outcome, with_seed
-from kappa_lightning.pilot.statistics import contrast, holm
+from kappa_lightning.pilot.halves import Half
+from kappa_lightning.pilot.search import Outcome, at_seed
+from kappa_lightning.pilot.statistics import contrast, holm, t_test
 from kappa_lightning.pilot.trial import Run, Spec
 
 LEVEL_STEPS = (0, -2, 2)
@@ -42,6 +43,7 @@ class Rules:
         race_seeds: seeds of the race beyond that of the searches.
         confirm_seeds: seeds of the confirmation.
         finalists: candidates that are confirmed at most.
+        margin: the difference in retention that does not count.
         climbs: faster rates that are tried at a seed that does not arrive.
     """
 
@@ -51,6 +53,7 @@ class Rules:
     race_seeds: int
     confirm_seeds: int
     finalists: int
+    margin: float = 0.0
     climbs: int = 2
 
     def seeds(self, stage: str) -> range:
@@ -173,22 +176,25 @@ def _race(execute: Executor, names: Sequence[str], rules: Rules, course: Course)
             run = course.searches[name][step]
             course.raced[name] = {rules.seed: Outcome.of(run, course.level, len(course.searches[name]))}
     for number, seed in enumerate(rules.seeds("race"), start=1):
-        for name in _in_race(course):
-            step = course.rates[name]
-            assert step is not None
-            course.raced[name][seed] = with_seed(
-                execute, name, step, course.level, seed=seed, half="search", climbs=rules.climbs
-            )
-        for name in dominated({name: course.raced[name] for name in _in_race(course)}):
+        for name, outcome in _outcomes(execute, _in_race(course), rules, course, seed, "search").items():
+            course.raced[name][seed] = outcome
+        for name in dominated({name: course.raced[name] for name in _in_race(course)}, rules.margin):
             course.dropped[name] = number
+
+
+def _outcomes(
+    execute: Executor, names: Sequence[str], rules: Rules, course: Course, seed: int, half: Half
+) -> dict[str, Outcome]:
+    steps = {name: step for name in names if (step := course.rates[name]) is not None}
+    return at_seed(execute, steps, course.level, seed=seed, half=half, climbs=rules.climbs)
 
 
 def _in_race(course: Course) -> list[str]:
     return [name for name in course.raced if name not in course.dropped]
 
 
-def dominated(raced: Mapping[str, Mapping[int, Outcome]]) -> list[str]:
-    """Who is behind the one with the highest mean over all seeds by more than chance, or arrives less often than it."""
+def dominated(raced: Mapping[str, Mapping[int, Outcome]], margin: float = 0.0) -> list[str]:
+    """Who is behind the one with the highest mean by more than the margin and chance, or arrives less often than it."""
     values = {name: {seed: best_of(outcome) for seed, outcome in outcomes.items()} for name, outcomes in raced.items()}
     leader = _leader(values)
     behind = []
@@ -196,8 +202,7 @@ def dominated(raced: Mapping[str, Mapping[int, Outcome]]) -> list[str]:
         if name == leader:
             continue
         found = contrast(values[leader], own, confidence=_DROP_AT)
-        fails = found.missing_other > max(1, len(own) // 2)
-        if fails or found.difference.low > 0:
+        if found.missing_other > found.missing or found.difference.low > margin:
             behind.append(name)
     return behind
 
@@ -209,10 +214,7 @@ def _confirm(execute: Executor, names: Sequence[str], rules: Rules, course: Cour
     order = sorted(values, key=lambda name: (course.dropped.get(name, math.inf), *_merit(values[name])), reverse=True)
     finalists = order[: min(rules.finalists, max(2, len(left)))]
     for seed in rules.seeds("confirm"):
-        for name in finalists:
-            step = course.rates[name]
-            assert step is not None
-            outcome = with_seed(execute, name, step, course.level, seed=seed, half="confirm", climbs=rules.climbs)
+        for name, outcome in _outcomes(execute, finalists, rules, course, seed, "confirm").items():
             course.confirmed.setdefault(name, {})[seed] = outcome
 
 
@@ -238,8 +240,8 @@ class Verdict:
 
     Attributes:
         retention: by seed; ``None`` where it did not arrive.
-        p: of no difference to the best, Holm-adjusted over the entries; 1 for the best itself, NaN if there are not
-            two seeds, or some did not arrive.
+        p: of keeping no less than the best by more than the margin, Holm-adjusted over the entries; 1 for the best
+            itself, NaN if there are not two seeds, or some did not arrive.
         in_set: whether it cannot be told from the best.
     """
 
@@ -249,16 +251,18 @@ class Verdict:
 
 
 def judge(
-    entries: Mapping[tuple[str, bool], Mapping[int, Reading | None]], alpha: float = 0.05
+    entries: Mapping[tuple[str, bool], Mapping[int, Reading | None]], margin: float = 0.0, alpha: float = 0.05
 ) -> dict[tuple[str, bool], Verdict]:
     """Which entries cannot be told from the one with the highest mean retention.
 
-    An entry that misses the level at a seed at which the best reaches it is not in the set, since it cannot be
-    relied on to
-    learn the task. The others are left out if Student's paired t test, adjusted after Holm, tells them from the best.
+    An entry that misses the level at a seed at which the best reaches it is not in the set, since it cannot be relied
+    on to learn the task. The others are left out if Student's paired t test, adjusted after Holm, finds that they keep
+    less than the best by more than the margin: a difference that nobody cares for does not count, however small the
+    noise is (the indifference zone of ranking and selection, Bechhofer 1954).
 
     Args:
         entries: the readings of the confirmation by (candidate, walked back) and seed.
+        margin: the difference in retention that does not count.
         alpha: the level at which something is told apart.
     """
     values = {
@@ -271,7 +275,7 @@ def judge(
     compared = {entry: contrast(values[best], own) for entry, own in values.items() if entry != best}
     complete = {entry: c for entry, c in compared.items() if not (c.missing or c.missing_other)}
     labels = {str(number): entry for number, entry in enumerate(complete)}
-    adjusted = holm({label: complete[entry].p_t for label, entry in labels.items()})
+    adjusted = holm({label: _p_beyond(values[best], values[entry], margin) for label, entry in labels.items()})
     p_values = {entry: adjusted[label] for label, entry in labels.items()} | {best: 1.0}
     verdicts = {}
     for entry, own in values.items():
@@ -280,3 +284,11 @@ def judge(
         arrives = entry == best or entry in complete or compared[entry].missing_other <= compared[entry].missing
         verdicts[entry] = Verdict(own, p, arrives and not p <= alpha)
     return verdicts
+
+
+def _p_beyond(best: Mapping[int, float | None], own: Mapping[int, float | None], margin: float) -> float:
+    """The p-value of no difference beyond a margin, over seeds at which both arrived."""
+    pairs = [(best[seed], own[seed]) for seed in sorted(best.keys() & own.keys())]
+    beyond = [one - other - margin for one, other in pairs if one is not None and other is not None]
+    p = t_test(beyond)
+    return 1.0 if sum(beyond) <= 0 and p == p else p

@@ -27,6 +27,10 @@ HEADERS = (
 )  # fmt: skip
 
 
+UNLIKE = 0.02
+"""The difference in retention between the halves of the probes' data that is mentioned."""
+
+
 class Result(Protocol):
     """What the page needs of a result."""
 
@@ -38,6 +42,8 @@ class Result(Protocol):
     def start_loss(self) -> float: ...  # noqa: D102
     @property
     def min_retention(self) -> float: ...  # noqa: D102
+    @property
+    def margin(self) -> float: ...  # noqa: D102
     @property
     def runs(self) -> int: ...  # noqa: D102
     @property
@@ -65,7 +71,7 @@ def rows_of(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
                 arrived + stage,
                 shown(entry.retention),
                 shown(entry.nats),
-                "" if math.isnan(entry.p) or not entry.seeds else f"{entry.p:.3f}",
+                shown_p(entry.p),
                 f"{entry.trainable:,}",
                 "" if math.isnan(entry.factor) else f"{entry.factor:.3g}",
                 f"{entry.seconds:.0f}",
@@ -93,6 +99,13 @@ def shown(interval: Interval) -> str:
     return f"{interval.mean:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
 
 
+def shown_p(p: float) -> str:
+    """A p-value, if there is one."""
+    if math.isnan(p):
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def answer_of(result: Result) -> str:
     """The answer in a sentence or two."""
     chosen = result.chosen
@@ -102,6 +115,12 @@ def answer_of(result: Result) -> str:
     kept = f"It keeps {first.retention.mean:.4f} of what the module could do ({first.nats.mean:.4f} nats lost)" + (
         "." if first.keeps else f", less than the {result.min_retention:g} that was asked for; nothing kept more."
     )
+    outside = not first.retention.low <= first.searched <= first.retention.high
+    if outside and abs(first.searched - first.retention.mean) > UNLIKE:
+        kept += (
+            f" On the half of the probes' data that the search saw, {first.searched:.4f} were kept: the halves are not "
+            "alike. Every other item is in each, so shuffle the probes' items once before they are put into batches."
+        )
     if len(chosen) == 1:
         return f"Use {first.label}: it keeps more than every other candidate that was confirmed. {kept}"
     others = ", ".join(entry.label for entry in chosen[1:])
@@ -121,8 +140,9 @@ def page_of(result: Result) -> str:
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows_of(result.entries)]
     lines += [
         "",
-        "\\* cannot be told from the best (Student's paired t test over the seeds of the confirmation, adjusted after "
-        "Holm). Intervals are Student's, of 95 %; *nats lost* is −ln retention: nats a token for a perplexity, the "
+        f"\\* cannot be told from the best: it is not shown to keep less by more than {result.margin:g} (Student's "
+        "paired t test over the seeds of the confirmation, adjusted after Holm). Intervals are Student's, of 95 %; "
+        "*nats lost* is −ln retention: nats a token for a perplexity, the "
         "divergence for an agreement. *rate ×* is the factor on the module's own learning rates: the slowest that "
         "arrives, to √2. Rows without an interval were not confirmed; their figures come from the search and are "
         "chosen by their own noise.",

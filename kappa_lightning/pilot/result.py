@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from kappa_lightning.pilot.candidates import Build, make_callback
 from kappa_lightning.pilot.entry import Entry, FrontPoint, front_of
 from kappa_lightning.pilot.plain import decoded, encoded
 from kappa_lightning.pilot.rates import RateFactor
-from kappa_lightning.pilot.report import callbacks_yaml, figure_of, page_of, table_of, write_report
+from kappa_lightning.pilot.report import answer_of, callbacks_yaml, figure_of, page_of, table_of, write_report
 from kappa_lightning.pilot.statistics import Interval
 
 FORMAT = "kappa-lightning pilot"
@@ -77,6 +78,7 @@ class PilotResult:
         level: the held-out loss at which everything was read.
         start_loss: the held-out loss of the pretrained module.
         min_retention: what was asked for.
+        margin: the difference in retention that did not count.
         runs: how many were made.
         seconds: what they took together.
         unfinished: the stages that the time did not suffice for.
@@ -88,6 +90,7 @@ class PilotResult:
     level: float
     start_loss: float
     min_retention: float
+    margin: float
     runs: int
     seconds: float
     unfinished: Sequence[str]
@@ -99,6 +102,11 @@ class PilotResult:
     def table(self) -> str:
         """The table as text."""
         return table_of(self.entries)
+
+    @property
+    def answer(self) -> str:
+        """The answer in a sentence or two."""
+        return answer_of(self)
 
     @property
     def markdown(self) -> str:
@@ -175,21 +183,21 @@ class PilotResult:
             label: [[Point(position, loss, {"mean": kept}) for position, loss, kept in run] for run in runs]
             for label, runs in plain.pop("paths").items()
         }
-        return cls(entries=entries, paths=paths, **plain)
+        return cls(entries=entries, paths=paths, **{"margin": 0.0, **plain})
 
     def _plain(self) -> dict[str, Any]:
         paths = {
             label: [[[p.position, p.loss, sum(p.retention.values()) / len(p.retention)] for p in run] for run in runs]
             for label, runs in self.paths.items()
         }
-        names = ("level", "start_loss", "min_retention", "runs", "seconds", "unfinished", "settings")
+        names = ("level", "start_loss", "min_retention", "margin", "runs", "seconds", "unfinished", "settings")
         rows = [{key: v for key, v in asdict(entry).items() if v is not None} for entry in self.entries]
         return {**{name: getattr(self, name) for name in names}, "entries": rows, "paths": paths}
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:
     intervals = {key: Interval(**row[key]) for key in ("retention", "nats")}
-    return Entry(**{"init": None, **row, **intervals})
+    return Entry(**{"init": None, "searched": math.nan, **row, **intervals})
 
 
 def _kind(path: str | os.PathLike[str]) -> str:

@@ -57,6 +57,7 @@ def pilot(
     race_seeds: int = 2,
     confirm_seeds: int = 5,
     finalists: int = 3,
+    margin: float = 0.01,
     always_train: Sequence[str] = (),
     exclude: Sequence[str] = (),
     trainer: Mapping[str, Any] | None = None,
@@ -92,6 +93,7 @@ def pilot(
         race_seeds: seeds of the race.
         confirm_seeds: seeds of the confirmation.
         finalists: candidates that are confirmed at most.
+        margin: the difference in retention that does not count: what is behind the best by less cannot be told from it.
         always_train: globs of what is new (heads, projectors): it trains with every candidate and is not walked back.
         exclude: globs of what no choice takes.
         trainer: arguments of your own run's ``Trainer``: precision, clipping, accumulation, devices, strategy,
@@ -115,8 +117,9 @@ def pilot(
     """
     options = dict(trainer or {})
     _check(
-        target, level, min_retention, steps, evaluations, hours, race_seeds, confirm_seeds, finalists, workers, options
-    )
+        target, level, min_retention, margin, steps, evaluations, hours, race_seeds, confirm_seeds, finalists, workers,
+        options,
+    )  # fmt: skip
     found = candidates_of(candidates, always_train=always_train, exclude=exclude, seed=seed)
     by_name = {one.name: one for one in found}
     if level is None and "full" not in by_name:
@@ -125,7 +128,7 @@ def pilot(
         make_module, make_data, probes, monitor, steps, evaluations,
         always_train=tuple(always_train), exclude=tuple(exclude), draw=seed, trainer=options,
     )  # fmt: skip
-    rules = Rules(target, level, seed, race_seeds, confirm_seeds, finalists)
+    rules = Rules(target, level, seed, race_seeds, confirm_seeds, finalists, margin)
     with random_numbers_restored(), tempfile.TemporaryDirectory() as temporary:
         pl.seed_everything(seed, workers=True, verbose=False)
         module = made_by(make_module, seed, pl.LightningModule, "make_module")
@@ -134,16 +137,17 @@ def pilot(
         del module
         journal = Journal(temporary if folder is None else folder, settings)
         say = _Progress(progress, len(found), rules, hours)
-        execute = Executor(
-            setup, by_name, journal, limit=None if hours is None else hours * 3600, workers=workers, report=say.run
-        )
         say.begin()
-        course = race(execute, [one.name for one in found], rules)
+        with Executor(
+            setup, by_name, journal, limit=None if hours is None else hours * 3600, workers=workers, report=say.run
+        ) as execute:
+            course = race(execute, [one.name for one in found], rules)
     result = PilotResult(
-        entries=_entries(course, [one.name for one in found], inits, min_retention, monitor),
+        entries=_entries(course, [one.name for one in found], inits, min_retention, margin, monitor),
         level=course.level,
         start_loss=next(iter(execute.made.values())).path[0].loss,
         min_retention=min_retention,
+        margin=margin,
         runs=len(execute.made),
         seconds=execute.spent,
         unfinished=tuple(course.unfinished),
@@ -156,14 +160,19 @@ def pilot(
 
 
 def _entries(
-    course: Course, names: Sequence[str], inits: Mapping[str, Any], min_retention: float, monitor: str
+    course: Course,
+    names: Sequence[str],
+    inits: Mapping[str, Any],
+    min_retention: float,
+    margin: float,
+    monitor: str,
 ) -> tuple[Entry, ...]:
     readings: dict[tuple[str, bool], Readings] = {}
     for name, outcomes in course.confirmed.items():
         readings[name, False] = {seed: outcome.along for seed, outcome in outcomes.items()}
         if any(outcome.walked is not None for outcome in outcomes.values()):
             readings[name, True] = {seed: outcome.walked for seed, outcome in outcomes.items()}
-    verdicts = judge(readings)
+    verdicts = judge(readings, margin)
     entries = []
     for name in names:
         runs = _runs_of(course, name)
@@ -205,6 +214,7 @@ def _entries(
                     p=math.nan if verdict is None else verdict.p,
                     in_set=verdict is not None and verdict.in_set,
                     keeps=retention.count > 0 and retention.mean >= min_retention,
+                    searched=_searched(course, name, walked),
                     init=_with_factor(inits[name], course, name, walked, monitor),
                 )
             )
@@ -219,6 +229,12 @@ def _entries(
             ),
         )
     )
+
+
+def _searched(course: Course, name: str, walked: bool) -> float:
+    outcomes = course.raced.get(name, {}).values()
+    seen = [reading.kept for o in outcomes if (reading := o.walked if walked else o.along) is not None]
+    return sum(seen) / len(seen) if seen else math.nan
 
 
 def _median_step(course: Course, name: str, step: int) -> int:
@@ -276,8 +292,8 @@ def _settings(setup: Setup, inits: Mapping[str, Any], module: pl.LightningModule
 
 
 def _check(
-    target: float, level: float | None, min_retention: float, steps: int, evaluations: int, hours: float | None,
-    race_seeds: int, confirm_seeds: int, finalists: int, workers: int, trainer: Mapping[str, Any],
+    target: float, level: float | None, min_retention: float, margin: float, steps: int, evaluations: int,
+    hours: float | None, race_seeds: int, confirm_seeds: int, finalists: int, workers: int, trainer: Mapping[str, Any],
 ) -> None:  # fmt: skip
     if not 0 < target < 1:
         raise ValueError(f"target={target!r} must be between 0 and 1: the share of full fine-tuning's adaptation")
@@ -285,6 +301,8 @@ def _check(
         raise ValueError(f"level={level!r} must be a finite loss")
     if not 0 < min_retention <= 1:
         raise ValueError(f"min_retention={min_retention!r} must be in (0, 1], 1 being all")
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin={margin!r} must be at least 0 and below 1: a difference in retention")
     if hours is not None and not hours > 0:
         raise ValueError(f"hours={hours!r} must be above 0")
     counts = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kappa_lightning.pilot.adaptation import Reading, lowest_loss, next_step, read_at, slowest
@@ -69,26 +69,27 @@ def find_rate(
     return slowest({at: lowest_loss(run.path) for at, run in tried.items()}, level), tried
 
 
-def with_seed(
-    execute: Execute, candidate: str, step: int, level: float, *, seed: int, half: Half, climbs: int = CLIMBS
-) -> Outcome:
-    """What a candidate keeps at the level with a seed, at the slowest rate from a given one on that arrives.
+def at_seed(
+    execute: Execute, steps: Mapping[str, int], level: float, *, seed: int, half: Half, climbs: int = CLIMBS
+) -> dict[str, Outcome]:
+    """What candidates keep at the level with a seed, each at the slowest rate from a given one on that arrives.
 
     A rate that just arrives with one seed just misses with about every other one; such a seed is run again at rates
     √2 faster each, so that it has a value, and a seed with which none arrives has none, which is an outcome.
 
     Args:
-        execute: makes the runs.
-        candidate: its name.
-        step: of the rate at which it begins.
+        execute: makes the runs, those of all candidates together.
+        steps: by candidate the step of the rate at which it begins.
         level: of the held-out loss.
         seed: of the runs.
         half: of the probes' data.
         climbs: how many faster rates are tried.
     """
+    outcomes: dict[str, Outcome] = {}
     for climb in range(climbs + 1):
-        (run,) = execute([Spec(candidate, step + climb, seed, half)])
-        outcome = Outcome.of(run, level, climb + 1)
-        if outcome.arrived:
+        left = [name for name in steps if name not in outcomes or not outcomes[name].arrived]
+        if not left:
             break
-    return outcome
+        for run in execute([Spec(name, steps[name] + climb, seed, half) for name in left]):
+            outcomes[run.spec.candidate] = Outcome.of(run, level, climb + 1)
+    return outcomes

@@ -89,6 +89,23 @@ def check_files(result, folder, module):
 
 
 @pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path):
+    def found(workers):
+        result = pilot(
+            Plain, number_loaders, number_probe, ["full", "last_layers 0.9"], workers=workers,
+            folder=tmp_path / str(workers), **SMALL,
+        )  # fmt: skip
+        return [(e.label, e.retention, e.nats, e.factor, e.in_set) for e in result.entries], result.runs
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of two processes has
+    try:
+        assert found(2) == found(1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Manual, Images])
 def test_modules_from_outside_go_through(kind):
     module = kind()
@@ -119,6 +136,7 @@ def test_room_can_be_called_like_its_function():
         ({"level": float("nan")}, "level=nan"),
         ({"min_retention": 0}, "min_retention=0"),
         ({"hours": 0}, "hours=0"),
+        ({"margin": -0.1}, "margin=-0.1"),
         ({"evaluations": 9}, "evaluations=9 are more than the steps=8"),
         ({"workers": 0}, "workers=0"),
         ({"confirm_seeds": True}, "confirm_seeds=True"),

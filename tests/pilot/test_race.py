@@ -103,6 +103,14 @@ def test_dominated_is_who_is_behind_by_more_than_the_seeds_differ():
     assert dominated({"best": best, "back": back}) == []
 
 
+def test_race_keeps_who_is_behind_by_less_than_the_margin_and_drops_who_misses_where_the_best_arrives():
+    best = {seed: outcome(0.998) for seed in range(2)}
+    near = {seed: outcome(0.995) for seed in range(2)}
+    misses = {0: outcome(0.999), 1: outcome(0, arrived=False)}
+    assert dominated({"best": best, "near": near}) == ["near"]
+    assert dominated({"best": best, "near": near, "misses": misses}, margin=0.01) == ["misses"]
+
+
 def readings(*kept):
     return {seed: None if value is None else Reading(1.0, {"old": value}) for seed, value in enumerate(kept)}
 
@@ -121,6 +129,19 @@ def test_answer_is_the_set_that_cannot_be_told_from_the_best():
     }  # fmt: skip
     assert verdicts["far", False].p < 0.01
     assert verdicts["best", False].p == 1.0
+
+
+def test_difference_within_the_margin_is_not_told_apart_however_sure_it_is():
+    entries = {
+        ("best", False): readings(0.998, 0.998, 0.998, 0.998),
+        ("near", False): readings(0.995, 0.9951, 0.995, 0.9951),
+        ("far", False): readings(0.97, 0.971, 0.97, 0.971),
+    }
+    assert [v.in_set for v in judge(entries).values()] == [True, False, False]
+    within = judge(entries, margin=0.01)
+    assert [v.in_set for v in within.values()] == [True, True, False]
+    # 0.0275 − 0.01 = 0.0175, with a deviation of 0.00058 over four seeds: t = 60.6 with three degrees of freedom.
+    assert within["far", False].p == pytest.approx(2 * 9.87e-6, rel=0.02)
 
 
 def test_one_seed_tells_nothing_apart():

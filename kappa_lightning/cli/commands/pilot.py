@@ -23,11 +23,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--target", type=float, metavar="P", help="share of full fine-tuning's adaptation (default: 0.8)"
     )
     parser.add_argument("--min-retention", type=float, metavar="R", help="what is to be kept (default: 0.95)")
+    parser.add_argument(
+        "--margin", type=float, metavar="D", help="a difference in retention that does not count (default: 0.01)"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="the first of the seeds (default: 0)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that make runs at a time (default: 1)")
 
 
-_OPTIONS = ("candidates", "steps", "hours", "monitor", "target", "min_retention", "seed", "workers")
+_OPTIONS = ("candidates", "steps", "hours", "monitor", "target", "min_retention", "margin", "seed", "workers")
 
 
 def _run(args: Namespace) -> int:
@@ -52,7 +55,8 @@ def _run(args: Namespace) -> int:
         raise ValueError(f"{args.config}: the section pilot: {error}") from error
     page = result.report(args.out)
     result.save(args.out / "pilot.toml")
-    print(result.markdown)
+    # The table has been shown on the way.
+    print(result.answer)
     print(f"Page: {page}")
     return 0
 
