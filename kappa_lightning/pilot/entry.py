@@ -35,6 +35,7 @@ class Entry:
         lowest_loss: the lowest held-out loss of its runs.
         p: of no difference to the best one, Holm-adjusted; NaN where nothing was compared.
         in_set: whether it cannot be told from the best.
+        near: whether its mean is within the margin of the best's as well.
         keeps: whether its mean is at least ``min_retention``.
         searched: the mean retention on the half of the probes' data that the search saw; NaN if it was not seen there.
         init: its callbacks as a LightningCLI configuration has them; ``None`` for a function of the user's.
@@ -55,6 +56,7 @@ class Entry:
     lowest_loss: float
     p: float
     in_set: bool
+    near: bool
     keeps: bool
     searched: float
     init: Sequence[Mapping[str, Any]] | None

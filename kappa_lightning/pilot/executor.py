@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Self
@@ -123,7 +124,7 @@ class Executor:
             self._pool = ProcessPoolExecutor(
                 self.workers,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=torch.set_num_threads,
+                initializer=_begin,
                 initargs=(threads,),
             )
         futures = [self._pool.submit(run_trial, self.setup, spec, self._sendable(spec.candidate)) for spec in specs]
@@ -131,6 +132,9 @@ class Executor:
             for future in as_completed(futures):
                 self._keep(future.result())
         except BaseException:
+            # What the others are at is not waited for. Python has a public way to end them from 3.14 on only.
+            for process in list(self._pool._processes.values()):
+                process.terminate()
             self._close()
             raise
 
@@ -138,6 +142,12 @@ class Executor:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    # Ctrl-C at a terminal goes to all processes: the first one says what there is to say.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _require_picklable(setup: Setup) -> None:

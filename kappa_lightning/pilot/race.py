@@ -243,11 +243,13 @@ class Verdict:
         p: of keeping no less than the best by more than the margin, Holm-adjusted over the entries; 1 for the best
             itself, NaN if there are not two seeds, or some did not arrive.
         in_set: whether it cannot be told from the best.
+        near: whether its mean is within the margin of the best's as well; the others of the set are undecided.
     """
 
     retention: Mapping[int, float | None]
     p: float
     in_set: bool
+    near: bool
 
 
 def judge(
@@ -282,7 +284,9 @@ def judge(
         p = p_values.get(entry, math.nan)
         # Without a p-value nothing was told apart, unless it failed to arrive where the best did.
         arrives = entry == best or entry in complete or compared[entry].missing_other <= compared[entry].missing
-        verdicts[entry] = Verdict(own, p, arrives and not p <= alpha)
+        in_set = arrives and not p <= alpha
+        near = in_set and (entry == best or compared[entry].difference.mean <= margin)
+        verdicts[entry] = Verdict(own, p, in_set, near)
     return verdicts
 
 

@@ -56,17 +56,19 @@ class Result(Protocol):
     def front(self) -> list[FrontPoint]: ...  # noqa: D102
     @property
     def chosen(self) -> list[Entry]: ...  # noqa: D102
+    @property
+    def undecided(self) -> list[Entry]: ...  # noqa: D102
 
 
 def rows_of(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
-    """The cells of the table, under :data:`HEADERS`; a star marks the set that cannot be told from the best."""
+    """The cells of the table, under :data:`HEADERS`; a star marks what keeps as much as the best, ``?`` what may."""
     rows: list[tuple[str, ...]] = []
     for entry in entries:
         arrived = f"{entry.arrived}/{entry.seeds}" if entry.arrived else f"no, lowest loss {entry.lowest_loss:.4g}"
         stage = "" if entry.stage in ("confirmed", "not arrived") else f" ({entry.stage})"
         rows.append(
             (
-                "*" if entry.in_set else "",
+                "*" if entry.near else "?" if entry.in_set else "",
                 entry.label,
                 arrived + stage,
                 shown(entry.retention),
@@ -121,10 +123,15 @@ def answer_of(result: Result) -> str:
             f" On the half of the probes' data that the search saw, {first.searched:.4f} were kept: the halves are not "
             "alike. Every other item is in each, so shuffle the probes' items once before they are put into batches."
         )
+    more = [entry.label for entry in result.undecided]
+    undecided = f" These seeds do not decide of: {', '.join(more)}." if more else ""
     if len(chosen) == 1:
-        return f"Use {first.label}: it keeps more than every other candidate that was confirmed. {kept}"
+        compared = "it keeps most of those that were confirmed" if more else "it keeps more than every other candidate"
+        return f"Use {first.label}: {compared}. {kept}{undecided}"
     others = ", ".join(entry.label for entry in chosen[1:])
-    return f"Use {first.label}, the cheapest of those that cannot be told from the best. {kept} As good: {others}."
+    return (
+        f"Use {first.label}, the cheapest of those that keep as much as the best. {kept} As good: {others}.{undecided}"
+    )
 
 
 def page_of(result: Result) -> str:
@@ -140,8 +147,9 @@ def page_of(result: Result) -> str:
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows_of(result.entries)]
     lines += [
         "",
-        f"\\* cannot be told from the best: it is not shown to keep less by more than {result.margin:g} (Student's "
-        "paired t test over the seeds of the confirmation, adjusted after Holm). Intervals are Student's, of 95 %; "
+        f"\\* keeps as much as the best: its mean is within {result.margin:g}, and it cannot be told from it. "
+        "? keeps less in the mean, which these seeds do not tell from the best (Student's paired t test over the seeds "
+        "of the confirmation, adjusted after Holm). Intervals are Student's, of 95 %; "
         "*nats lost* is −ln retention: nats a token for a perplexity, the "
         "divergence for an agreement. *rate ×* is the factor on the module's own learning rates: the slowest that "
         "arrives, to √2. Rows without an interval were not confirmed; their figures come from the search and are "
@@ -227,7 +235,7 @@ def _html(result: Result, picture: bytes, yaml: str | None) -> str:
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
 
-    body = [f"<tr{' class=in' if row[0] else ''}>{cells('td', row)}</tr>" for row in rows_of(result.entries)]
+    body = [f"<tr{' class=in' if row[0] == '*' else ''}>{cells('td', row)}</tr>" for row in rows_of(result.entries)]
     paragraphs = [p for p in page_of(result).split("\n\n")[1:] if not p.startswith("|")]
     text = "".join(f"<p>{html.escape(p.replace(chr(92), ''))}</p>" for p in paragraphs if p.strip())
     shown_yaml = "" if yaml is None else f"<h2>Its callbacks</h2><pre>{html.escape(yaml)}</pre>"

@@ -73,8 +73,8 @@ class PilotResult:
     """What a pilot found.
 
     Attributes:
-        entries: the rows: the set that cannot be told from the best first, the cheapest of it first, then the others by
-            how far they came and what they kept.
+        entries: the rows: what keeps as much as the best first, the cheapest of it first; then what cannot be told from
+            it, but keeps less in the mean; then the others by how far they came and what they kept.
         level: the held-out loss at which everything was read.
         start_loss: the held-out loss of the pretrained module.
         min_retention: what was asked for.
@@ -120,8 +120,16 @@ class PilotResult:
 
     @property
     def chosen(self) -> list[Entry]:
-        """The set that cannot be told from the best: what keeps ``min_retention`` first, then the cheapest."""
-        return [entry for entry in self.entries if entry.in_set]
+        """The set that keeps as much as the best: what keeps ``min_retention`` first, then the cheapest.
+
+        It cannot be told from the best, and its mean is within ``margin`` of it.
+        """
+        return [entry for entry in self.entries if entry.near]
+
+    @property
+    def undecided(self) -> list[Entry]:
+        """What cannot be told from the best either, but keeps less in the mean: more seeds would say."""
+        return [entry for entry in self.entries if entry.in_set and not entry.near]
 
     @property
     def best(self) -> Recommendation:
@@ -197,7 +205,7 @@ class PilotResult:
 
 def _entry(row: Mapping[str, Any]) -> Entry:
     intervals = {key: Interval(**row[key]) for key in ("retention", "nats")}
-    return Entry(**{"init": None, "searched": math.nan, **row, **intervals})
+    return Entry(**{"init": None, "searched": math.nan, "near": row["in_set"], **row, **intervals})
 
 
 def _kind(path: str | os.PathLike[str]) -> str:

@@ -213,6 +213,7 @@ def _entries(
                     lowest_loss=min(lowest_loss(run.path) for run in runs),
                     p=math.nan if verdict is None else verdict.p,
                     in_set=verdict is not None and verdict.in_set,
+                    near=verdict is not None and verdict.near,
                     keeps=retention.count > 0 and retention.mean >= min_retention,
                     searched=_searched(course, name, walked),
                     init=_with_factor(inits[name], course, name, walked, monitor),
@@ -223,9 +224,9 @@ def _entries(
         sorted(
             entries,
             key=lambda e: (
-                (0, not e.keeps, e.trainable, e.walked, e.seconds)
+                (0 if e.near else 1, not e.keeps, e.trainable, e.walked, e.seconds)
                 if e.in_set
-                else (1, order[e.stage], -e.retention.mean if e.retention.count else math.inf, e.walked, e.trainable)
+                else (2, order[e.stage], -e.retention.mean if e.retention.count else math.inf, e.walked, e.trainable)
             ),
         )
     )

@@ -76,7 +76,7 @@ def check_files(result, folder, module):
     assert all(entry.label in text for entry in result.entries)
     assert sorted(p.name for p in page.parent.iterdir()) == ["callbacks.yaml", "index.html", "pilot.png", "report.md"]
     first = next(entry for entry in result.entries if entry.init is not None)
-    best = replace(result, entries=(replace(first, in_set=True),)).best
+    best = replace(result, entries=(replace(first, in_set=True, near=True),)).best
     made = best.callbacks()
     assert isinstance(made[0], RateFactor)
     configured = yaml.safe_load(best.yaml())["trainer"]["callbacks"]

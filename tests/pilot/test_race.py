@@ -140,6 +140,10 @@ def test_difference_within_the_margin_is_not_told_apart_however_sure_it_is():
     assert [v.in_set for v in judge(entries).values()] == [True, False, False]
     within = judge(entries, margin=0.01)
     assert [v.in_set for v in within.values()] == [True, True, False]
+    assert [v.near for v in within.values()] == [True, True, False]
+    # Far in the mean, and the seeds do not agree.
+    noisy = judge({**entries, ("noisy", False): readings(0.998, 0.9, 0.999, 0.96)}, margin=0.01)["noisy", False]
+    assert (noisy.in_set, noisy.near) == (True, False)
     # 0.0275 − 0.01 = 0.0175, with a deviation of 0.00058 over four seeds: t = 60.6 with three degrees of freedom.
     assert within["far", False].p == pytest.approx(2 * 9.87e-6, rel=0.02)
 

@@ -10,7 +10,8 @@ import torch
 from ranks import on_ranks
 from script import STRATEGIES, Net, data
 from tiny import make_trainer, snapshot
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from kappa_lightning import SensitivityFreezeCallback
 from kappa_lightning.weights.sharded import whole
@@ -26,6 +27,43 @@ class Plain(Net):
         loss = super().training_step(batch, batch_idx)
         self.log("loss", loss, sync_dist=True)
         return loss
+
+
+class Pictures(Plain):
+    """The same network on floating-point inputs, which it can change until it recognizes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.embed = nn.Linear(12, 6, bias=False).double()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        tokens, labels = data().tensors
+        pictures = nn.functional.one_hot(tokens, 12).double() + 0.1 * torch.arange(12)
+        return DataLoader(TensorDataset(pictures, labels), batch_size=4, shuffle=True)
+
+
+def choose_by_pictures(name: str, root: Path) -> dict[str, Any]:
+    processes, make = STRATEGIES[name]
+    callback = SensitivityFreezeCallback(num_tensors=2, batches=3, exclude=())
+    trainer = make_trainer(root, callback, strategy=make(), devices=processes, max_epochs=1)
+    trainer.fit(Pictures())
+    assert callback.profile is not None
+    return {
+        "rows": {row.name: (row.signal, row.sensitivity) for row in callback.profile},
+        "trained": callback.trained_names,
+        "reference": callback.profile.settings.reference,
+    }
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_inputs_are_synthesized_alike_in_every_process(tmp_path: Path, name: str) -> None:
+    (one,) = on_ranks(choose_by_pictures, "one", tmp_path / "one", ranks=1)
+    assert "recognizes" in one["reference"]
+    for result in on_ranks(choose_by_pictures, name, tmp_path / name, ranks=2):
+        assert result["trained"] == one["trained"]
+        for tensor, figures in one["rows"].items():
+            assert result["rows"][tensor] == pytest.approx(figures, rel=1e-6, abs=1e-9), tensor
 
 
 def choose(name: str, root: Path) -> dict[str, Any]:
