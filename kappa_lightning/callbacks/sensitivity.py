@@ -24,7 +24,7 @@ from kappa_lightning.callbacks.task import (
 )
 from kappa_lightning.callbacks.trainer import batch_limit
 from kappa_lightning.parts import split_into_parts
-from kappa_lightning.probes import GeneratedText, ReferenceInputs, resolve_reference
+from kappa_lightning.probes import GeneratedText, ReferenceInputs, TaskInputs, resolve_reference
 from kappa_lightning.probes.resolving import WORDS
 from kappa_lightning.processes import Processes
 from kappa_lightning.profile.settings import EACH
@@ -191,6 +191,13 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         profile = self._known(module, candidates, processes)
         if profile is None:
             profile = self._measure(trainer, module, candidates, processes)
+            if self.reference == "auto" and profile.settings.reference == str(TaskInputs()):
+                rank_zero_warn(
+                    "the model writes no text, and its inputs are none that a gradient can change, so reference='auto' "
+                    "asked it about the new task's own inputs. Of these it may know little, and then what is near its "
+                    "output looks cheap to train: give reference=… a dataloader of unlabeled inputs of the kind that "
+                    "it knows, or say reference='inputs' if these are"
+                )
             if self.profile_path is not None and batch_limit(trainer) is None:
                 with processes.failing_together():
                     if processes.is_global_zero:

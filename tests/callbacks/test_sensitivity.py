@@ -1,5 +1,7 @@
 """SensitivityFreezeCallback in a Trainer: what it chooses, and that measuring leaves no trace."""
 
+import warnings
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -287,6 +289,14 @@ def test_dataloader_of_the_user_is_the_reference(tmp_path):
     callback = SensitivityFreezeCallback(num_tensors=1, reference=[[each] for each in tokens])
     fit(tmp_path, TinyNet(), callback)
     assert callback.profile.settings.rows == 20
+
+
+def test_asking_about_the_tasks_own_inputs_is_said_unless_it_was_asked_for(tmp_path):
+    with pytest.warns(UserWarning, match="asked it about the new task's own inputs"):
+        fit(tmp_path, TinyNet(), SensitivityFreezeCallback(num_tensors=1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*own inputs")
+        fit(tmp_path, TinyNet(), SensitivityFreezeCallback(num_tensors=1, reference="inputs"))
 
 
 def test_profile_is_saved_and_read_again(tmp_path):
