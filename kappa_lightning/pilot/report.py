@@ -124,11 +124,11 @@ def answer_of(result: Result) -> str:
             "alike. Every other item is in each, so shuffle the probes' items once before they are put into batches."
         )
     more = [entry.label for entry in result.undecided]
-    undecided = f" These seeds do not decide of: {', '.join(more)}." if more else ""
+    undecided = f" These seeds do not decide of: {'; '.join(more)}." if more else ""
     if len(chosen) == 1:
         compared = "it keeps most of those that were confirmed" if more else "it keeps more than every other candidate"
         return f"Use {first.label}: {compared}. {kept}{undecided}"
-    others = ", ".join(entry.label for entry in chosen[1:])
+    others = "; ".join(entry.label for entry in chosen[1:])
     return (
         f"Use {first.label}, the cheapest of those that keep as much as the best. {kept} As good: {others}.{undecided}"
     )
