@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.arguments import as_bool, as_int, as_path, describe
@@ -35,7 +36,8 @@ from kappa_lightning.sensitivity.settings import METHODS
 from kappa_lightning.sensitivity.signal import kind_of_optimizer
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.tables import sensitivity_markdown
-from kappa_lightning.weights import Weight
+from kappa_lightning.weights import Weight, plain_parameters
+from kappa_lightning.weights.patterns import match_parameters
 
 
 class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
@@ -313,6 +315,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             settle=lambda: adapter.settle(module),
             processes=Processes() if lockstep else processes,
             watch=lambda description, total: ticking(trainer, description, total),
+            alongside=self._alongside(module, candidates),
             loss_scale=1024.0 if half else 1.0,
         )
         with silenced(trainer, module), adapter.evaluating(module):
@@ -321,6 +324,18 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             if self.method == "path" or (self.method == "auto" and not isinstance(reference, GeneratedText)):
                 return SensitivityProfile(*measurement.by_path(trainer.optimizers))
             return SensitivityProfile(*measurement.by_gradients(self._optimizer(trainer, candidates), self.draws))
+
+    def _alongside(self, module: pl.LightningModule, candidates: Sequence[Weight]) -> list[nn.Parameter]:
+        """What trains beside whatever is chosen."""
+        measured = {id(parameter) for weight in candidates for parameter in weight.parameters}
+        always = match_parameters(module, self.always_train, argument="always_train")
+        return [
+            parameter
+            for name, parameter in plain_parameters(module).items()
+            if (name in always or (self.train_vectors and parameter.ndim < 2))
+            and parameter.requires_grad
+            and id(parameter) not in measured
+        ]
 
     def _optimizer(self, trainer: pl.Trainer, candidates: Sequence[Weight]) -> str:
         """The kind of the optimizer that trains most of the candidates."""

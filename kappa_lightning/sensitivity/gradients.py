@@ -15,8 +15,10 @@ from kappa_lightning.weights.sharded import whole
 
 
 @contextmanager
-def differentiating(module: nn.Module, weights: Sequence[Weight]) -> Iterator[None]:
-    """Backward passes in the block leave the candidates' gradients, and nothing else, in ``.grad``.
+def differentiating(
+    module: nn.Module, weights: Sequence[Weight], alongside: Sequence[nn.Parameter] = ()
+) -> Iterator[None]:
+    """Backward passes in the block leave the gradients of candidates and what trains alongside, no other, in ``.grad``.
 
     A gradient of another parameter is freed as soon as it is there. Afterwards gradients, buffers, what else the
     submodules keep, and all random numbers are as before. Inside of inference mode it is left for the block.
@@ -24,8 +26,9 @@ def differentiating(module: nn.Module, weights: Sequence[Weight]) -> Iterator[No
     Args:
         module: a model whose parameters are in ``weights``.
         weights: the candidates, each made from parameters that require a gradient.
+        alongside: other parameters whose gradients are left.
     """
-    kept = {id(parameter) for weight in weights for parameter in weight.parameters}
+    kept = {id(parameter) for weight in weights for parameter in weight.parameters} | {id(p) for p in alongside}
     parameters = list(module.parameters())
     others = [p for p in parameters if p.requires_grad and id(p) not in kept]
     with (
@@ -47,11 +50,13 @@ def _free(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def clear(weights: Sequence[Weight]) -> None:
-    """Forget the candidates' gradients."""
+def clear(weights: Sequence[Weight], alongside: Sequence[nn.Parameter] = ()) -> None:
+    """Forget the gradients of candidates and of what trains alongside."""
     for weight in weights:
         for parameter in weight.parameters:
             parameter.grad = None
+    for parameter in alongside:
+        parameter.grad = None
 
 
 def entries(weight: Weight) -> list[Tensor]:

@@ -63,6 +63,8 @@ class Measurement:
         processes: who shares the batches, each with the whole module; only this one by default, which is right for
             processes that must run every forward pass together, too (FSDP2).
         watch: a progress bar.
+        alongside: parameters that will train whatever is chosen, and train along where candidates train for some
+            steps (:meth:`by_path`, :meth:`by_trial`); each requires a gradient and is none of a candidate's.
         loss_scale: what the loss is multiplied with before its backward pass, so that gradients in float16 do not
             vanish; the figures are those without.
     """
@@ -79,6 +81,7 @@ class Measurement:
     settle: Callable[[], None] = lambda: None
     processes: Processes = field(default_factory=Processes)
     watch: Watch = _silent
+    alongside: Sequence[nn.Parameter] = ()
     loss_scale: float = 1.0
 
     def by_gradients(self, optimizer: str = "adam", draws: int = 1) -> Result:
@@ -132,7 +135,7 @@ class Measurement:
             raise ValueError("the train dataloader gave no batch: there is no task to measure a signal of")
         asked = resolve_reference(self.reference, self.module)
         asked.require(self.batches)
-        with differentiating(self.module, self.weights):
+        with differentiating(self.module, self.weights, self.alongside):
             # Every process takes all steps, each of which needs the one before.
             with self.watch("Signal", len(self.batches)) as tick:
                 signal, moved = signals_along(
@@ -140,6 +143,7 @@ class Measurement:
                     lambda number: self._step(number, tick)(),
                     optimizers,
                     steps=len(self.batches),
+                    alongside=self.alongside,
                     scale=self.loss_scale,
                     settle=self.settle,
                 )
@@ -176,7 +180,7 @@ class Measurement:
             raise ValueError("the train dataloader gave no batch: there is no task to try")
         asked = resolve_reference(self.reference, self.module)
         asked.require(self.batches)
-        with differentiating(self.module, self.weights):
+        with differentiating(self.module, self.weights, self.alongside):
             with modes_restored(self.module):
                 self.module.eval()
                 prepared = list(self._prepare(asked))
@@ -189,7 +193,14 @@ class Measurement:
             )
             with self.watch("Trial", steps + self._share(len(self.weights))) as tick:
                 signal, sensitivity = margins(
-                    self.module, self.weights, trial, optimizers, steps=steps, processes=self.processes, tick=tick
+                    self.module,
+                    self.weights,
+                    trial,
+                    optimizers,
+                    steps=steps,
+                    alongside=self.alongside,
+                    processes=self.processes,
+                    tick=tick,
                 )
             rows = sum(len(said) for said in self._said(asked, prepared))
             self.settle()

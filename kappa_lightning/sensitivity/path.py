@@ -21,6 +21,7 @@ def signals_along(
     optimizers: Sequence[Optimizer],
     *,
     steps: int,
+    alongside: Sequence[nn.Parameter] = (),
     scale: float = 1.0,
     settle: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], dict[int, Tensor]]:
@@ -35,14 +36,19 @@ def signals_along(
     that is confidently wrong points to where it becomes less confident, and only later ones to what is to be learned;
     the path sees both, and that gradients that turn or are noise achieve little.
 
+    What trains whatever is chosen, such as a new head, trains along: without it the gradients of all that lies before
+    it would be those of its random weights.
+
     Call it within :func:`~kappa_lightning.sensitivity.gradients.differentiating`. Weights and optimizers are put back
-    bit for bit, also if it fails. It takes two copies of the candidates, and what the optimizers keep of them.
+    bit for bit, also if it fails. It takes two copies of the candidates, one of what trains alongside, and what the
+    optimizers keep of both.
 
     Args:
         weights: the candidates.
         step: ``step(number)`` returns the loss of a batch of the new task, with a graph.
         optimizers: those that will train; they lend their steps, at the rate that schedules begin from.
         steps: how many.
+        alongside: parameters that train as well, without a figure.
         scale: what a loss is multiplied with before its backward pass, and its gradient divided by.
         settle: called when forward passes are over, before a weight is changed from outside.
 
@@ -65,9 +71,9 @@ def signals_along(
     """
     parameters: list[nn.Parameter] = list({id(p): p for weight in weights for p in weight.parameters}.values())
     totals = {weight.name: 0.0 for weight in weights}
-    with lent(optimizers, parameters) as starts:
+    with lent(optimizers, [*parameters, *alongside]) as starts:
         for number in range(steps):
-            clear(weights)
+            clear(weights, alongside)
             try:
                 backward(step(number), scale)
             except ValueError as error:
@@ -77,7 +83,7 @@ def signals_along(
                     f"in step {number + 1} of training to measure signals, {error}: train with a lower rate"
                 ) from error
             if scale != 1:
-                for parameter in parameters:
+                for parameter in (*parameters, *alongside):
                     if parameter.grad is not None:
                         parameter.grad.div_(scale)
             # No second copy: the products before and after a step differ by that with the movement.
@@ -87,7 +93,7 @@ def signals_along(
                 optimizer.step()
             for weight in weights:
                 totals[weight.name] -= _product(weight)
-        clear(weights)
+        clear(weights, alongside)
         settle()
         moved = {id(p): p.detach() - starts[id(p)] for p in parameters}
     require_finite(totals, "signal")

@@ -58,6 +58,7 @@ def margins(
     optimizers: Sequence[Optimizer],
     *,
     steps: int = 32,
+    alongside: Sequence[nn.Parameter] = (),
     processes: Processes | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -77,6 +78,7 @@ def margins(
         trial: what is measured.
         optimizers: those that will train; they lend their steps, at the rate that schedules begin from.
         steps: how many.
+        alongside: parameters that train as well, without a figure, and are where they have come to in all margins.
         processes: who shares the tensors, each with the whole module.
         tick: called after every step and every tensor, for a progress bar.
 
@@ -94,14 +96,14 @@ def margins(
         with torch.no_grad():
             before = trial.describe()
         trial.settle()
-    with lent(optimizers, parameters) as starts:
+    with lent(optimizers, [*parameters, *alongside]) as starts:
         for number in range(steps):
-            clear(weights)
+            clear(weights, alongside)
             backward(trial.step(number))
             for optimizer in optimizers:
                 optimizer.step()
             tick(1)
-        clear(weights)
+        clear(weights, alongside)
         trial.settle()
         with modes_restored(module), torch.no_grad():
             module.eval()
