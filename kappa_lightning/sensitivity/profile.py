@@ -24,6 +24,7 @@ from kappa_lightning.sensitivity.settings import METHODS, SensitivitySettings
 from kappa_lightning.sensitivity.together import forgetting_together, least_together
 from kappa_lightning.text import near_names
 from kappa_lightning.weights import Weight, find_weights, included, plain_parameters
+from kappa_lightning.weights.patterns import match_parameters
 
 
 class SensitivityProfile:
@@ -85,6 +86,7 @@ class SensitivityProfile:
         optimizer: str = "adam",
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = ("@embeddings",),
+        always_train: Sequence[str] = (),
         train_vectors: bool = False,
         draws: int = 1,
         method: str = "gradient",
@@ -104,6 +106,8 @@ class SensitivityProfile:
             optimizer: what will train: ``"adam"`` (and all that scale each entry's step) or ``"sgd"``.
             include: globs and groups of what is measured.
             exclude: globs and groups of what is left out of that.
+            always_train: globs and groups of what will train whatever is chosen, such as a new head. It is not
+                measured, and trains along on a path or in a trial.
             train_vectors: whether biases, norms and other vectors are measured, too, each by itself.
             draws: how often labels are drawn for each batch of the reference, with gradients.
             method: ``"gradient"``; ``"path"``: the signal is summed along a step of training for each batch
@@ -134,9 +138,11 @@ class SensitivityProfile:
             ['0.weight', '2.weight']
         """
         as_module(module, "module")
-        weights = [weight for weight in included(find_weights(module), module, include, exclude) if weight.is_trainable]
+        always = match_parameters(module, always_train, argument="always_train")
+        candidates = included(find_weights(module), module, include, exclude)
+        weights = [weight for weight in candidates if weight.is_trainable and weight.name not in always]
         if train_vectors:
-            weights += vectors_of(module)
+            weights += [weight for weight in vectors_of(module) if weight.name not in always]
         if not weights:
             raise ValueError(
                 f"no tensor to measure: include={list(include)} and exclude={list(exclude)} leave none that requires a "
@@ -145,6 +151,9 @@ class SensitivityProfile:
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown: use one of {', '.join(map(repr, METHODS))}")
         measurement = Measurement(module, weights, list(batches), loss, reference, seed)
+        measured = {id(parameter) for weight in weights for parameter in weight.parameters}
+        trainable = [p for name, p in plain_parameters(module).items() if name in always and p.requires_grad]
+        measurement.alongside = [parameter for parameter in trainable if id(parameter) not in measured]
         if progress:
             measurement.watch = progress_bar
         if method == "gradient":

@@ -291,6 +291,16 @@ def test_dataloader_of_the_user_is_the_reference(tmp_path):
     assert callback.profile.settings.rows == 20
 
 
+def test_path_of_the_callback_trains_what_always_trains(tmp_path):
+    def signals(**patterns):
+        callback = SensitivityFreezeCallback(num_tensors=1, method="path", include=["hidden.weight"], **patterns)
+        fit(tmp_path, TinyNet(), callback)
+        return callback.profile["hidden.weight"].signal
+
+    assert signals(always_train=["head.*"]) != signals()
+    assert signals(train_vectors=True) not in (signals(), signals(always_train=["head.*"]))
+
+
 def test_asking_about_the_tasks_own_inputs_is_said_unless_it_was_asked_for(tmp_path):
     with pytest.warns(UserWarning, match="asked it about the new task's own inputs"):
         fit(tmp_path, TinyNet(), SensitivityFreezeCallback(num_tensors=1))

@@ -31,11 +31,11 @@ def profile_of(model, optimizer, **options):
     )
 
 
-def by_hand(model, optimizer):
-    """−Σ_t g_t·(w_(t+1) − w_t) of the two matrices, of which alone move."""
+def by_hand(model, optimizer, alongside=()):
+    """−Σ_t g_t·(w_(t+1) − w_t) of the two matrices, which alone move but for what trains alongside."""
     found = dict.fromkeys(NAMES, 0.0)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in NAMES)
+        parameter.requires_grad_(name in NAMES or name in alongside)
     for batch in BATCHES:
         optimizer.zero_grad()
         loss(model, batch).backward()
@@ -58,6 +58,34 @@ def test_signal_is_the_sum_of_gradient_times_movement(make):
     for name in NAMES:
         assert profile[name].signal == pytest.approx(expected[name], rel=1e-6)
     assert profile.settings.method == "path"
+
+
+@pytest.mark.parametrize("method", ["path", "trial"])
+def test_what_trains_whatever_is_chosen_trains_along_and_is_put_back(method):
+    def deeper():
+        return nn.Sequential(*network(), nn.Linear(4, 4))
+
+    def measured(lr, always):
+        model = deeper()
+        groups = [{"params": model[:3].parameters()}, {"params": model[3].parameters(), "lr": lr}]
+        before = snapshot(model)
+        profile = SensitivityProfile.from_model(
+            model, BATCHES, loss, reference=TaskInputs(), method=method, steps=3, progress=False, include=NAMES,
+            always_train=always, optimizers=[torch.optim.SGD(groups, lr=0.1)],
+        )  # fmt: skip
+        assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        return [profile[name].signal for name in NAMES]
+
+    alone, along = measured(0.5, ()), measured(0.5, ["3.*"])
+    assert along != pytest.approx(alone, rel=1e-3)
+    # A rate of zero is not to train along.
+    assert measured(0.0, ["3.*"]) == alone
+    if method == "path":
+        other = deeper()
+        groups = [{"params": other[:3].parameters()}, {"params": other[3].parameters(), "lr": 0.5}]
+        expected = by_hand(other, torch.optim.SGD(groups, lr=0.1), alongside=("3.weight", "3.bias"))
+        assert along == pytest.approx([expected[name] for name in NAMES], rel=1e-5)
 
 
 def test_signals_add_up_to_the_fall_of_the_loss():
