@@ -1,9 +1,10 @@
 """What does it cost to choose by sensitivity? Time and memory of a profile, and how they grow.
 
 Run ``python -m benchmarks.sensitivity --model FOLDER --problems gsm8k``, where FOLDER holds a causal language model of
-transformers and ``gsm8k`` has a ``train.jsonl``. Each line is a process of its own: the seconds of text, signal and
-sensitivity, what the process took at its peak beyond what it had with the model loaded, and, for comparison, that of
-one training step with AdamW.
+transformers and ``gsm8k`` has a ``train.jsonl``, or ``python -m benchmarks.sensitivity --pictures 224`` for a
+classifier of pictures of that many pixels a side. Each line is a process of its own: the seconds of text (or inputs),
+signal and sensitivity, what the process took at its peak beyond what it had with the model loaded, and, for comparison,
+that of one training step with AdamW.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any
 import torch
 
 from kappa_lightning import SensitivityProfile
-from kappa_lightning.probes import GeneratedText
-from kappa_lightning.sensitivity.measure import Measurement
+from kappa_lightning.probes import GeneratedText, SynthesizedInputs
+from kappa_lightning.sensitivity.measure import Measurement, Watch
 from kappa_lightning.weights import find_weights, included
 
 MEBIBYTE = 2**20
@@ -77,14 +78,7 @@ def measured(
     measurement = Measurement(model, weights, batches, loss, GeneratedText(sequences, 96, batch_size=4))
     if autocast:
         measurement.precision = partial(torch.autocast, "cpu", torch.bfloat16)
-
-    @contextmanager
-    def watch(description: str, total: int) -> Iterator[Callable[[int], None]]:
-        start = time.perf_counter()
-        yield lambda steps: None
-        seconds[description] = time.perf_counter() - start
-
-    measurement.watch = watch
+    measurement.watch = timing(seconds)
     start = time.perf_counter()
     profile = SensitivityProfile(*measurement.by_gradients())
     total = time.perf_counter() - start
@@ -96,6 +90,39 @@ def measured(
         "gradient": candidates / MEBIBYTE,
         "model": sum(p.numel() * 4 for p in model.parameters()) / MEBIBYTE,
     }
+
+
+def timing(seconds: dict[str, float]) -> Watch:
+    """In place of a progress bar: what each part takes."""
+
+    @contextmanager
+    def watch(description: str, total: int) -> Iterator[Callable[[int], None]]:
+        start = time.perf_counter()
+        yield lambda steps: None
+        seconds[description] = time.perf_counter() - start
+
+    return watch
+
+
+def pictures(size: int, batch_size: int) -> dict[str, float]:
+    """A profile along the first steps of a network of ResNet-18's size, on inputs that it synthesizes."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(layer_type="basic", hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2])
+    config.num_labels = 100
+    model: Any = ResNetForImageClassification(config)
+    batches = [
+        {"pixel_values": torch.randn(batch_size, 3, size, size), "labels": torch.randint(100, (batch_size,))}
+        for _ in range(16)
+    ]
+    before, seconds = peak(), dict[str, float]()
+    weights = included(find_weights(model), model, ("*",), ("@embeddings",))
+    measurement = Measurement(model, weights, batches, loss, SynthesizedInputs(), watch=timing(seconds))
+    start = time.perf_counter()
+    SensitivityProfile(*measurement.by_path([torch.optim.AdamW(model.parameters(), lr=1e-4)]))
+    total = time.perf_counter() - start
+    return {**seconds, "total": total, "beyond": (peak() - before) / MEBIBYTE}
 
 
 def step(folder: Path, problems: Path, layers: int | None) -> dict[str, float]:
@@ -128,11 +155,20 @@ def alone(function: Callable[[], dict[str, float]]) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--problems", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--problems", type=Path)
+    parser.add_argument("--pictures", type=int, metavar="PIXELS", help="a classifier of pictures instead, 16 batches")
+    parser.add_argument("--batch-size", type=int, default=8, help="of pictures")
     parser.add_argument("--autocast", action="store_true", help="under bfloat16 autocast, as precision='bf16-mixed'")
     parser.add_argument("--quick", action="store_true", help="only the first line")
     args = parser.parse_args()
+    if args.pictures is not None:
+        found = alone(partial(pictures, args.pictures, args.batch_size))
+        print(", ".join(f"{name} {value:.1f} s" for name, value in found.items() if name != "beyond"), end="")
+        print(f"; {found['beyond']:,.0f} MiB more")
+        return
+    if args.model is None or args.problems is None:
+        parser.error("give --model and --problems, or --pictures")
     line = "{:<34} {:>6} {:>7} {:>12} {:>7}   {:>8} {:>9} {:>7}"
     print(line.format("", "text", "signal", "sensitivity", "total", "MiB more", "gradient", "model"))
     runs = [(24, 32, None), (12, 32, None), (24, 16, None), (24, 32, 15)]
