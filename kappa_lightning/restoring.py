@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +44,36 @@ def random_numbers_restored() -> Iterator[None]:
             torch.mps.set_rng_state(mps)
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python)
+
+
+@contextmanager
+def environment_restored(*names: str) -> Iterator[None]:
+    """Environment variables have the values that they had, or none: ``seed_everything`` sets some."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is a ``KeyboardInterrupt``: Lightning makes it an exit and leaves the signal ignored from then on."""
+    here = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if here and handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

@@ -60,7 +60,8 @@ def _run(args: Namespace) -> int:
             raise
         return _fail(f"out of memory ({error})")
     except (OSError, ValueError, TypeError, ImportError) as error:
-        return _fail(str(error) or type(error).__name__)
+        notes = "; ".join(getattr(error, "__notes__", ()))
+        return _fail((str(error) or type(error).__name__) + (f" ({notes})" if notes else ""))
     except KeyboardInterrupt:
         hint = "; the same command goes on from there" if command.resumes(args) else ""
         print(f"{PROGRAM}: interrupted{hint}", file=sys.stderr)

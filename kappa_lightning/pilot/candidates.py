@@ -81,17 +81,25 @@ class Candidate:
         build: makes the callbacks for a module. It may change ``requires_grad`` of the module itself, too.
         specs: the same as a configuration has it; ``None`` for a function of the user's.
         source: the words that :func:`candidate` made it from, if any.
+        options: the arguments that it got beside them.
     """
 
     name: str
     build: Build
     specs: Specs | None = None
     source: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What words make is no function at the top of a module: another process makes it anew.
+        if self.source is not None:
+            return _again, (self.name, self.source, dict(self.options))
+        return Candidate, (self.name, self.build, self.specs)
 
     @classmethod
     def of_specs(cls, name: str, specs: Specs) -> Candidate:
         """A candidate that a configuration can hold."""
-        return cls(name, lambda module: [spec.make() for spec in specs(module)], specs, name)
+        return cls(name, lambda module: [spec.make() for spec in specs(module)], specs)
 
 
 def candidate(name: str, *, always_train: Sequence[str] = (), exclude: Sequence[str] = (), seed: int = 0) -> Candidate:
@@ -113,7 +121,13 @@ def candidate(name: str, *, always_train: Sequence[str] = (), exclude: Sequence[
     base, *additions = [part.strip() for part in name.split("+")]
     parts = [_base(base, name, tuple(always_train), tuple(exclude), seed)]
     parts += [_addition(addition, name) for addition in additions]
-    return Candidate.of_specs(name, lambda module: [spec for part in parts for spec in part(module)])
+    made = Candidate.of_specs(name, lambda module: [spec for part in parts for spec in part(module)])
+    options = {"always_train": tuple(always_train), "exclude": tuple(exclude), "seed": seed}
+    return replace(made, source=name, options=options)
+
+
+def _again(name: str, source: str, options: Mapping[str, Any]) -> Candidate:
+    return replace(candidate(source, **options), name=name)
 
 
 def candidates_of(
@@ -176,6 +190,12 @@ def make_callback(spec: Mapping[str, Any]) -> Callback:
     raise ValueError(f"{spec['class_path']} is no callback of a candidate")
 
 
+def walk_back_of(monitor: str, level: float, always_train: Sequence[str]) -> CallbackSpec:
+    """What walks back to a level of the loss, as a pilot reads it: what is new stays as trained."""
+    new = {"exclude": tuple(always_train)} if always_train else {}
+    return CallbackSpec(WalkBack, {"monitor": monitor, "monitor_limit": level, **new})
+
+
 def _base(base: str, name: str, always_train: tuple[str, ...], exclude: tuple[str, ...], seed: int) -> Specs:
     if base == "full":
         return lambda module: []
@@ -183,7 +203,8 @@ def _base(base: str, name: str, always_train: tuple[str, ...], exclude: tuple[st
         return lambda module: [CallbackSpec(TrainOnly, {"always_train": always_train})]
     if base.startswith("@") or "*" in base:
         include = check_patterns([part.strip() for part in base.split(",")], argument=f"candidates: {name!r}")
-        return lambda module: [CallbackSpec(TrainOnly, {"include": include, "always_train": always_train})]
+        only = {"include": include, "always_train": always_train} | ({"exclude": exclude} if exclude else {})
+        return lambda module: [CallbackSpec(TrainOnly, only)]
     if lora := _LORA.fullmatch(base):
         return _lora(lora, name, always_train, exclude, seed)
     common: dict[str, Any] = {"always_train": always_train, "seed": seed} | ({"exclude": exclude} if exclude else {})

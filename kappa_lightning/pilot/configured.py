@@ -11,8 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 
 from kappa_lightning.callbacks import ForgettingEval
-from kappa_lightning.pilot.trial import OWN, quiet
+from kappa_lightning.pilot.trial import OWN, SEEDS, quiet
 from kappa_lightning.probes import Probe
+from kappa_lightning.restoring import environment_restored, random_numbers_restored
 
 SECTION = "pilot"
 """The part of a configuration that LightningCLI does not know: keyword arguments of ``pilot``."""
@@ -84,7 +85,9 @@ class Configured:
             # As a script of the user's own would find its modules.
             if (here := os.getcwd()) not in sys.path:
                 sys.path.insert(0, here)
-            with quiet():
+            with random_numbers_restored(), environment_restored(*SEEDS), quiet():
+                # Or it would be seeded with the run that happens to be the first of a process.
+                os.environ.pop("PL_GLOBAL_SEED", None)
                 self._built = LightningCLI(
                     subclass_mode_model=True,
                     subclass_mode_data=True,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Self
 
 import torch
@@ -39,6 +42,7 @@ class Executor:
         report: told of each run.
 
     Raises:
+        RuntimeError: if there are several workers, and the script that asks for them is just being imported by one.
         ValueError: if there are several workers, and the setup or a candidate cannot be sent to another process.
     """
 
@@ -61,7 +65,8 @@ class Executor:
         self.made: dict[Spec, Run] = {}
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
-            _require_picklable(setup)
+            _require_guard()
+            _require_picklable(setup, candidates)
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +90,7 @@ class Executor:
 
         Raises:
             OutOfTimeError: before any of them is made, if they would not fit into the limit.
+            BrokenProcessPool: if another process has died.
         """
         new = [spec for spec in dict.fromkeys(specs) if spec not in self.made]
         known = {spec: run for spec in new if (run := self.journal.find(spec)) is not None}
@@ -92,7 +98,11 @@ class Executor:
         # A run that is known counts as if it were made now, or an interruption would change what follows.
         expected = self.spent + self.seconds_per_run * len(new) / self.workers
         if self.limit is not None and new and expected > self.limit:
-            raise OutOfTimeError(f"{expected:.0f} s of at most {self.limit:.0f} s for {len(new)} more run(s)")
+            raise OutOfTimeError(
+                f"the hours do not suffice: the runs so far and {len(new)} more of about {self.seconds_per_run:.3g} s "
+                f"would take {expected:.3g} s, and {self.limit:.3g} s are for this stage and those before it; "
+                "give more hours, or fewer steps"
+            )
         for spec, run in known.items():
             self.made[spec] = run
             self.report(run, True)
@@ -112,11 +122,6 @@ class Executor:
     def _add(self, run: Run) -> None:
         self.journal.add(run)
 
-    def _sendable(self, name: str) -> str | Candidate:
-        # A candidate of a name is made anew there; a function of the user's travels.
-        known = self.candidates[name]
-        return known if known.source is None else known.source
-
     def _share(self, specs: Sequence[Spec]) -> None:
         if self._pool is None:
             # They stay for all runs: to start one takes as long as a short run.
@@ -127,13 +132,22 @@ class Executor:
                 initializer=_begin,
                 initargs=(threads,),
             )
-        futures = [self._pool.submit(run_trial, self.setup, spec, self._sendable(spec.candidate)) for spec in specs]
+        pool = self._pool
         try:
+            futures = [pool.submit(run_trial, self.setup, spec, self.candidates[spec.candidate]) for spec in specs]
             for future in as_completed(futures):
                 self._keep(future.result())
+        except BrokenProcessPool as error:
+            self._close()
+            raise BrokenProcessPool(
+                "a process that makes runs has died: perhaps there was not memory enough for several, or the process "
+                "could not import what you gave. Give functions of a file (not of a notebook or of 'python -c'), and "
+                "in a script call pilot under \"if __name__ == '__main__':\", since each process imports the script; "
+                "or use workers=1. In a folder, the runs that are done are kept"
+            ) from error
         except BaseException:
             # What the others are at is not waited for. Python has a public way to end them from 3.14 on only.
-            for process in list(self._pool._processes.values()):
+            for process in list(pool._processes.values()):
                 process.terminate()
             self._close()
             raise
@@ -148,12 +162,32 @@ def _begin(threads: int) -> None:
     torch.set_num_threads(threads)
     # Ctrl-C at a terminal goes to all processes: the first one says what there is to say.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _require_picklable(setup: Setup) -> None:
-    for argument in ("make_module", "make_data", "probes"):
+def _end_with_parent() -> None:
+    # A first process that is killed cannot end the others, which would wait for work forever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _require_guard() -> None:
+    # As multiprocessing itself asks, but before any run.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "pilot is called while a process of its workers imports your script: put the call under "
+            "\"if __name__ == '__main__':\""
+        )
+
+
+def _require_picklable(setup: Setup, candidates: Mapping[str, Candidate]) -> None:
+    given = {name: getattr(setup, name) for name in ("make_module", "make_data", "probes", "trainer")}
+    given |= {f"the candidate {name!r}": one for name, one in candidates.items()}
+    for argument, value in given.items():
         try:
-            pickle.dumps(getattr(setup, argument))
+            pickle.dumps(value)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{argument} cannot be sent to another process ({error}): define it at the top of a module (no "

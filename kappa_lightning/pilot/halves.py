@@ -15,7 +15,7 @@ Half = Literal["search", "confirm", "all"]
 """Which items of every probe a run sees."""
 
 
-def half_of(probe: Probe, half: Half) -> Probe:
+def half_of(probe: Probe, half: Half, name: str = "") -> Probe:
     """A copy of a probe that reads every other item of its data, and shares nothing that a run records.
 
     A ``DataLoader`` in sequential order over a dataset of known length is split by samples; anything else by batches.
@@ -23,6 +23,7 @@ def half_of(probe: Probe, half: Half) -> Probe:
     Args:
         probe: stays as it is.
         half: ``"search"`` takes the first, third, …, ``"confirm"`` the second, fourth, …; ``"all"`` is a copy of all.
+        name: of the probe, for what is raised.
 
     Raises:
         ValueError: if there is only one sample, or one batch where batches are split.
@@ -34,19 +35,20 @@ def half_of(probe: Probe, half: Half) -> Probe:
         (['a', 'c'], ['b'])
     """
     dataloader = (
-        probe.dataloader if half == "all" else _every_other(probe.dataloader, ("search", "confirm").index(half))
+        probe.dataloader if half == "all" else _every_other(probe.dataloader, ("search", "confirm").index(half), name)
     )
     # The copy's own step is bound to the copy; its data is not copied.
     return copy.deepcopy(probe, {id(probe.dataloader): dataloader})
 
 
-def _every_other(dataloader: Iterable[Any], first: int) -> Iterable[Any]:
+def _every_other(dataloader: Iterable[Any], first: int, name: str) -> Iterable[Any]:
+    which = f"the probe {name!r}" if name else "the probe"
     if type(dataloader) is DataLoader and isinstance(dataloader.sampler, SequentialSampler):
         dataset = dataloader.dataset
         if not isinstance(dataset, IterableDataset) and dataloader.batch_size is not None:
             chosen = range(first, len(dataset), 2)  # type: ignore[arg-type]
             if not chosen:
-                raise ValueError("the probe has one sample, which cannot be halved: give at least two")
+                raise ValueError(f"{which} has one sample, which cannot be halved: give at least two")
             return DataLoader(
                 Subset(dataset, chosen),
                 batch_size=dataloader.batch_size,
@@ -56,7 +58,7 @@ def _every_other(dataloader: Iterable[Any], first: int) -> Iterable[Any]:
             )
     if next(islice(iter(dataloader), 1, None), None) is None:
         raise ValueError(
-            "the probe has one batch, and a pilot searches with every other batch and reports on the rest: give it at "
+            f"{which} has one batch, and a pilot searches with every other batch and reports on the rest: give it at "
             "least two batches (a smaller batch_size), or a DataLoader without shuffling, whose samples are halved"
         )
     return EveryOther(dataloader, first)

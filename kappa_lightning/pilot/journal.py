@@ -57,6 +57,28 @@ class Journal:
                 f"{self.folder} holds runs of other settings ({changes}): give another folder, or delete it"
             )
 
+    def require(self, candidates: Mapping[str, Any]) -> None:
+        """Take no runs of another candidate of the same name.
+
+        Args:
+            candidates: what each is, as plain values; ``None`` for what cannot be told, such as a function. Others
+                may have runs here.
+
+        Raises:
+            ValueError: if a name was something else before.
+        """
+        file = self.folder / "candidates.json"
+        now = json.loads(json.dumps(encode({name: what for name, what in candidates.items() if what is not None})))
+        known = _read(file) if file.is_file() else {}
+        for name, what in now.items():
+            if known.get(name, what) != what:
+                raise ValueError(
+                    f"{self.folder} holds runs of another candidate {name!r}, which was {known[name]} and is {what}: "
+                    "give it another name, or another folder"
+                )
+        if known | now != known:
+            write_text(file, json.dumps(known | now, indent=1, sort_keys=True) + "\n")
+
     @staticmethod
     def settings_of(file: Path) -> dict[str, Any]:
         """The settings of the runs in a folder, from its file."""
@@ -90,7 +112,7 @@ class Journal:
     def runs(self) -> Iterator[Run]:
         """All finished runs, in the order of their names."""
         for file in sorted(self.folder.glob("*.json")):
-            if file.name != "settings.json":
+            if file.name not in ("settings.json", "candidates.json"):
                 yield _run(file)
 
 

@@ -150,6 +150,11 @@ def _rates(execute: Executor, names: Sequence[str], rules: Rules, course: Course
         for batch in (asked[at : at + size] for at in range(0, len(asked), size)):
             for run in execute(batch):
                 course.searches[run.spec.candidate][run.spec.step] = run
+                if run.path[0].loss <= course.level:
+                    raise ValueError(
+                        f"level={course.level:g} is not below the held-out loss before training, "
+                        f"{run.path[0].loss:g}: there is nothing to learn down to it, give a lower one"
+                    )
 
 
 def _settle_rates(names: Sequence[str], course: Course) -> None:
@@ -159,6 +164,7 @@ def _settle_rates(names: Sequence[str], course: Course) -> None:
     if not any(course.searches.values()):
         raise OutOfTimeError("there was no time for a run of any candidate: give more hours")
     if all(step is None for step in course.rates.values()):
+        more = "more hours, " if "rates" in course.unfinished else ""
         lowest = {
             name: min((lowest_loss(run.path) for run in runs.values()), default=math.inf)
             for name, runs in course.searches.items()
@@ -166,7 +172,7 @@ def _settle_rates(names: Sequence[str], course: Course) -> None:
         best = min(lowest, key=lambda name: lowest[name])
         raise ValueError(
             f"no candidate comes down to a loss of {course.level:.4g}; the nearest, {best!r}, got to "
-            f"{lowest[best]:.4g}: give more steps, a smaller target or a level"
+            f"{lowest[best]:.4g}: give {more}more steps, a smaller target or a level"
         )
 
 
@@ -257,10 +263,10 @@ def judge(
 ) -> dict[tuple[str, bool], Verdict]:
     """Which entries cannot be told from the one with the highest mean retention.
 
-    An entry that misses the level at a seed at which the best reaches it is not in the set, since it cannot be relied
-    on to learn the task. The others are left out if Student's paired t test, adjusted after Holm, finds that they keep
-    less than the best by more than the margin: a difference that nobody cares for does not count, however small the
-    noise is (the indifference zone of ranking and selection, Bechhofer 1954).
+    Nothing is in the set if nothing arrives. An entry that misses the level at a seed at which the best reaches it is
+    not, since it cannot be relied on to learn the task. The others are left out if Student's paired t test, adjusted
+    after Holm, finds that they keep less than the best by more than the margin: a difference that nobody cares for does
+    not count, however small the noise is (the indifference zone of ranking and selection, Bechhofer 1954).
 
     Args:
         entries: the readings of the confirmation by (candidate, walked back) and seed.
@@ -274,6 +280,8 @@ def judge(
     if not values:
         return {}
     best = max(values, key=lambda entry: _merit(values[entry]))
+    if all(value is None for value in values[best].values()):
+        return {entry: Verdict(own, math.nan, False, False) for entry, own in values.items()}
     compared = {entry: contrast(values[best], own) for entry, own in values.items() if entry != best}
     complete = {entry: c for entry, c in compared.items() if not (c.missing or c.missing_other)}
     labels = {str(number): entry for number, entry in enumerate(complete)}

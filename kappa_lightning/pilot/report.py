@@ -111,11 +111,18 @@ def shown_p(p: float) -> str:
 def answer_of(result: Result) -> str:
     """The answer in a sentence or two."""
     chosen = result.chosen
+    if not chosen and any(entry.stage == "confirmed" for entry in result.entries):
+        return (
+            f"No candidate came down to a loss of {result.level:.4g} with any seed of the confirmation: give more "
+            "steps, or a smaller target."
+        )
     if not chosen:
         return "Nothing was confirmed: the time did not suffice. Give more hours, or fewer candidates or steps."
     first = chosen[0]
     kept = f"It keeps {first.retention.mean:.4f} of what the module could do ({first.nats.mean:.4f} nats lost)" + (
-        "." if first.keeps else f", less than the {result.min_retention:g} that was asked for; nothing kept more."
+        "."
+        if first.keeps
+        else f", less than the {result.min_retention:g} that was asked for, as do all that keep as much as the best."
     )
     outside = not first.retention.low <= first.searched <= first.retention.high
     if outside and abs(first.searched - first.retention.mean) > UNLIKE:
@@ -126,7 +133,10 @@ def answer_of(result: Result) -> str:
     more = [entry.label for entry in result.undecided]
     undecided = f" These seeds do not decide of: {'; '.join(more)}." if more else ""
     if len(chosen) == 1:
-        compared = "it keeps most of those that were confirmed" if more else "it keeps more than every other candidate"
+        rivals = any(entry.stage == "confirmed" and entry.name != first.name for entry in result.entries)
+        compared = "it keeps more than the others that were confirmed" if rivals else "no other one was confirmed"
+        if more:
+            compared = "it keeps most of those that were confirmed"
         return f"Use {first.label}: {compared}. {kept}{undecided}"
     others = "; ".join(entry.label for entry in chosen[1:])
     return (
@@ -203,7 +213,11 @@ def callbacks_yaml(entry: Entry) -> str:
     if entry.walked:
         head.append(f"# a ForgettingEval beside it gives the probes; {entry.share:.3g} of the movement was kept")
     if entry.init is None:
-        return "\n".join([*head, f"# {entry.name!r} is a function of yours: call it for its callbacks", ""])
+        back = ", and before a WalkBack" if entry.walked else ""
+        head.append(
+            f"# {entry.name!r} is a function of yours: its callbacks go behind RateFactor({entry.factor:.6g}){back}"
+        )
+        return "\n".join([*head, ""])
     lines = [*head, "trainer:", "  callbacks:"]
     for spec in entry.init:
         lines.append(f"    - class_path: {spec['class_path']}")

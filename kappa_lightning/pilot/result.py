@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from kappa_lightning.files import write_text
 from kappa_lightning.pilot.adaptation import Point
-from kappa_lightning.pilot.candidates import Build, make_callback
+from kappa_lightning.pilot.candidates import Build, make_callback, walk_back_of
 from kappa_lightning.pilot.entry import Entry, FrontPoint, front_of
 from kappa_lightning.pilot.plain import decoded, encoded
 from kappa_lightning.pilot.rates import RateFactor
@@ -35,10 +35,12 @@ class Recommendation:
     Attributes:
         entry: the row of the table.
         build: from a module to callbacks; ``None`` if the result was read from a file.
+        back: what walks back behind a function of the user's, as a configuration has it.
     """
 
     entry: Entry
     build: Build | None
+    back: Sequence[Mapping[str, Any]] = ()
 
     @property
     def name(self) -> str:
@@ -52,16 +54,19 @@ class Recommendation:
         the Trainer's ``ForgettingEval``.
 
         Args:
-            module: only a function of the user's looks at it.
+            module: what is to be trained; only a candidate that is a function of the user's needs it.
 
         Raises:
-            ValueError: if the result was read from a file and the candidate is a function of the user's.
+            ValueError: if the candidate is a function of the user's, and there is no module, or the result was read
+                from a file.
         """
         if self.entry.init is not None:
             return [make_callback(spec) for spec in self.entry.init]
         if self.build is None:
             raise ValueError(f"{self.name!r} is a function of yours, which a file does not hold: call it yourself")
-        return [RateFactor(self.entry.factor), *self.build(module)]
+        if module is None:
+            raise ValueError(f"{self.name!r} is a function of yours, which looks at a module: callbacks(module)")
+        return [RateFactor(self.entry.factor), *self.build(module), *map(make_callback, self.back)]
 
     def yaml(self) -> str:
         """The callbacks as the ``trainer.callbacks`` of a LightningCLI configuration."""
@@ -139,9 +144,10 @@ class PilotResult:
             ValueError: if nothing was confirmed.
         """
         if not self.chosen:
-            raise ValueError("nothing was confirmed: give more hours, or fewer candidates or steps")
+            raise ValueError(self.answer)
         entry = self.chosen[0]
-        return Recommendation(entry, self.builds.get(entry.name))
+        back = walk_back_of(self.settings["monitor"], self.level, self.settings["always_train"])
+        return Recommendation(entry, self.builds.get(entry.name), [back.to_dict()] if entry.walked else [])
 
     def figure(self) -> Figure:
         """Loss against retention, a line for each run, and the front."""

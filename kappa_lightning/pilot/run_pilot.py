@@ -12,20 +12,20 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from kappa_lightning.callbacks import WalkBack
-from kappa_lightning.fingerprint import hash_of_text
 from kappa_lightning.pilot.adaptation import factor_of, lowest_loss
-from kappa_lightning.pilot.candidates import Build, CallbackSpec, Candidate, candidate, candidates_of
+from kappa_lightning.pilot.candidates import Build, CallbackSpec, Candidate, candidate, candidates_of, walk_back_of
 from kappa_lightning.pilot.entry import Entry, Readings, summary
 from kappa_lightning.pilot.executor import Executor
+from kappa_lightning.pilot.given import made_by, probes_of
 from kappa_lightning.pilot.journal import Journal
 from kappa_lightning.pilot.race import Course, Rules, judge, race
 from kappa_lightning.pilot.rates import RateFactor
 from kappa_lightning.pilot.result import PilotResult
+from kappa_lightning.pilot.settings import settings_of
 from kappa_lightning.pilot.statistics import Interval
-from kappa_lightning.pilot.trial import OWN, Data, Run, Setup, made_by
+from kappa_lightning.pilot.trial import OWN, SEEDS, Data, Run, Setup
 from kappa_lightning.probes import Probe
-from kappa_lightning.restoring import random_numbers_restored
+from kappa_lightning.restoring import environment_restored, random_numbers_restored
 
 DEFAULT_CANDIDATES = (
     "full",
@@ -115,6 +115,7 @@ def pilot(
         >>> result = pilot(make_module, make_data, {"old": probe}, candidates=["full", "kappa 0.25"])  # doctest: +SKIP
         >>> print(result.table)  # doctest: +SKIP
     """
+    _check_kinds(make_module, make_data, trainer)
     options = dict(trainer or {})
     _check(
         target, level, min_retention, margin, steps, evaluations, hours, race_seeds, confirm_seeds, finalists, workers,
@@ -129,21 +130,25 @@ def pilot(
         always_train=tuple(always_train), exclude=tuple(exclude), draw=seed, trainer=options,
     )  # fmt: skip
     rules = Rules(target, level, seed, race_seeds, confirm_seeds, finalists, margin)
-    with random_numbers_restored(), tempfile.TemporaryDirectory() as temporary:
+    with random_numbers_restored(), environment_restored(*SEEDS), tempfile.TemporaryDirectory() as temporary:
         pl.seed_everything(seed, workers=True, verbose=False)
         module = made_by(make_module, seed, pl.LightningModule, "make_module")
+        if isinstance(probes, Mapping):
+            probes_of(probes, module)
         inits = {one.name: _init(one, module) for one in by_name.values()}
-        settings = _settings(setup, inits, module)
+        settings = settings_of(setup, module)
         del module
         journal = Journal(temporary if folder is None else folder, settings)
+        journal.require(inits)
         say = _Progress(progress, len(found), rules, hours)
         say.begin()
         with Executor(
             setup, by_name, journal, limit=None if hours is None else hours * 3600, workers=workers, report=say.run
         ) as execute:
             course = race(execute, [one.name for one in found], rules)
+    back = walk_back_of(monitor, course.level, setup.always_train)
     result = PilotResult(
-        entries=_entries(course, [one.name for one in found], inits, min_retention, margin, monitor),
+        entries=_entries(course, [one.name for one in found], inits, min_retention, margin, back),
         level=course.level,
         start_loss=next(iter(execute.made.values())).path[0].loss,
         min_retention=min_retention,
@@ -165,7 +170,7 @@ def _entries(
     inits: Mapping[str, Any],
     min_retention: float,
     margin: float,
-    monitor: str,
+    back: CallbackSpec,
 ) -> tuple[Entry, ...]:
     readings: dict[tuple[str, bool], Readings] = {}
     for name, outcomes in course.confirmed.items():
@@ -216,7 +221,7 @@ def _entries(
                     near=verdict is not None and verdict.near,
                     keeps=retention.count > 0 and retention.mean >= min_retention,
                     searched=_searched(course, name, walked),
-                    init=_with_factor(inits[name], course, name, walked, monitor),
+                    init=_with_factor(inits[name], course, name, back if walked else None),
                 )
             )
     order = {"confirmed": 0, "raced": 1, "searched": 2, "not arrived": 3}
@@ -245,14 +250,13 @@ def _median_step(course: Course, name: str, step: int) -> int:
 
 
 def _with_factor(
-    init: Sequence[Mapping[str, Any]] | None, course: Course, name: str, walked: bool, monitor: str
+    init: Sequence[Mapping[str, Any]] | None, course: Course, name: str, back: CallbackSpec | None
 ) -> list[Mapping[str, Any]] | None:
     step = course.rates.get(name)
     if init is None or step is None:
         return None if init is None else list(init)
     factor = CallbackSpec(RateFactor, {"factor": factor_of(_median_step(course, name, step))}).to_dict()
-    back = CallbackSpec(WalkBack, {"monitor": monitor, "monitor_limit": course.level}).to_dict()
-    return [factor, *init, *([back] if walked else [])]
+    return [factor, *init, *([] if back is None else [back.to_dict()])]
 
 
 def _init(one: Candidate, module: pl.LightningModule) -> list[dict[str, Any]] | None:
@@ -274,28 +278,29 @@ def _paths(course: Course) -> dict[str, list[Any]]:
     return paths
 
 
-def _settings(setup: Setup, inits: Mapping[str, Any], module: pl.LightningModule) -> dict[str, Any]:
-    """What a run depends on, as far as it can be told; candidates may come and go."""
-    shapes = " ".join(f"{name}{tuple(parameter.shape)}" for name, parameter in module.named_parameters())
-    state = sum(float(p.detach().double().sum()) for p in module.parameters() if p.is_floating_point())
-    return {
-        "module": f"{type(module).__module__}.{type(module).__qualname__}",
-        "weights": f"{hash_of_text(f'{shapes} {state!r}'):016x}",
-        "monitor": setup.monitor,
-        "steps": setup.steps,
-        "evaluations": setup.evaluations,
-        "blends": setup.blends,
-        "always_train": list(setup.always_train),
-        "exclude": list(setup.exclude),
-        "draw": setup.draw,
-        "trainer": {name: repr(value) for name, value in sorted(setup.trainer.items())},
-    }
+def _check_kinds(make_module: Any, make_data: Any, trainer: Any) -> None:
+    for argument, make in (("make_module", make_module), ("make_data", make_data)):
+        # A module can be called, too.
+        if not callable(make) or isinstance(make, pl.LightningModule):
+            raise TypeError(
+                f"{argument} is a {type(make).__name__}: give a function that returns it, such as lambda: "
+                f"{argument.removeprefix('make_')}"
+            )
+    if trainer is not None and not isinstance(trainer, Mapping):
+        raise TypeError(
+            f"trainer is a {type(trainer).__name__}: give a dict of a Trainer's arguments, such as "
+            '{"precision": "bf16-mixed"}, since every run has a Trainer of its own'
+        )
 
 
 def _check(
     target: float, level: float | None, min_retention: float, margin: float, steps: int, evaluations: int,
     hours: float | None, race_seeds: int, confirm_seeds: int, finalists: int, workers: int, trainer: Mapping[str, Any],
 ) -> None:  # fmt: skip
+    numbers = {"target": target, "level": level, "min_retention": min_retention, "margin": margin, "hours": hours}
+    for argument, number in numbers.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise TypeError(f"{argument}={number!r} is a {type(number).__name__}: give a number")
     if not 0 < target < 1:
         raise ValueError(f"target={target!r} must be between 0 and 1: the share of full fine-tuning's adaptation")
     if level is not None and not math.isfinite(level):

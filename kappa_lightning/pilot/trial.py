@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import logging
 import math
 import time
@@ -16,7 +15,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+)
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
@@ -24,16 +31,20 @@ from typing_extensions import override
 from kappa_lightning.callbacks.evaluation import evaluate
 from kappa_lightning.pilot.adaptation import Point, factor_of
 from kappa_lightning.pilot.candidates import Candidate, candidate
+from kappa_lightning.pilot.given import made_by, probes_of
 from kappa_lightning.pilot.halves import Half, half_of
 from kappa_lightning.pilot.rates import RateFactor
 from kappa_lightning.probes import Probe
-from kappa_lightning.restoring import random_numbers_restored
+from kappa_lightning.restoring import environment_restored, interruptible, random_numbers_restored
 from kappa_lightning.weights import plain_parameters
 from kappa_lightning.weights.names import plain_name
 from kappa_lightning.weights.patterns import match_parameters
 
 Data = pl.LightningDataModule | tuple[Any, Any]
 """A data module, or the dataloaders to train with and to validate with."""
+
+SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+"""What ``seed_everything`` leaves in the environment, by which later runs of the user's would be seeded, too."""
 
 OWN = frozenset(
     {
@@ -43,6 +54,9 @@ OWN = frozenset(
     }
 )  # fmt: skip
 """Trainer arguments that a pilot sets itself."""
+
+_SHOWING = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar)
+"""Callbacks that write or show and change no run: they are left out, since a run writes and shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -137,42 +151,50 @@ def run_trial(setup: Setup, spec: Spec, by: Candidate | str) -> Run:
 
     Raises:
         TypeError: if the setup's functions give something else than they should.
-        ValueError: if the module does not log ``monitor``, or a probe gives nothing to form a ratio of.
+        ValueError: if the module does not log ``monitor``, or a probe gives nothing to form a ratio of. This and any
+            other error has a note that names the candidate.
     """
+    try:
+        with random_numbers_restored(), environment_restored(*SEEDS), quiet(), interruptible():
+            return _trial(setup, spec, by)
+    except Exception as error:
+        error.add_note(f"in a run of the candidate {spec.candidate!r}")
+        raise
+
+
+def _trial(setup: Setup, spec: Spec, by: Candidate | str) -> Run:
     started = time.perf_counter()
     if isinstance(by, str):
         by = candidate(by, always_train=setup.always_train, exclude=setup.exclude, seed=setup.draw)
     # A trainer and its module refer to each other, so those of the last run are still there.
     gc.collect()
-    with random_numbers_restored(), quiet():
-        pl.seed_everything(spec.seed, workers=True, verbose=False)
-        pretrained = made_by(setup.make_module, spec.seed, pl.LightningModule, "make_module")
-        module = copy.deepcopy(pretrained)
-        data = made_by(setup.make_data, spec.seed, (pl.LightningDataModule, tuple, list), "make_data")
-        given = setup.probes(module) if callable(setup.probes) else setup.probes
-        probes = {name: half_of(probe, spec.half) for name, probe in given.items()}
-        callbacks = [RateFactor(factor_of(spec.step)), *by.build(module)]
-        recorder = Recorder(probes, setup.monitor)
-        # The order of the data and dropout must not depend on the numbers that a candidate drew.
-        pl.seed_everything(spec.seed, workers=True, verbose=False)
-        counter = _Trainable()
-        trainer = _trainer(setup, [*callbacks, recorder, counter])
-        _validate(trainer, module, data)
-        _fit(trainer, module, data)
-        path = list(recorder.points)
-        line = _way_back(setup, pretrained, module, data, recorder, counter.names)
-        if path[-1].position < setup.steps and line and math.isfinite(path[-1].loss):
-            path.append(Point(float(setup.steps), line[-1].loss, line[-1].retention))
-        run = Run(
-            spec,
-            tuple(path),
-            tuple(line),
-            dict(recorder.baseline),
-            counter.trainable,
-            sum(parameter.numel() for parameter in pretrained.parameters()),
-            time.perf_counter() - started,
-        )
-        return trainer.strategy.broadcast(run)
+    pl.seed_everything(spec.seed, workers=True, verbose=False)
+    pretrained = made_by(setup.make_module, spec.seed, pl.LightningModule, "make_module")
+    module = copy.deepcopy(pretrained)
+    data = made_by(setup.make_data, spec.seed, (pl.LightningDataModule, tuple, list), "make_data")
+    probes = {name: half_of(probe, spec.half, name) for name, probe in probes_of(setup.probes, module).items()}
+    callbacks = [RateFactor(factor_of(spec.step)), *by.build(module)]
+    recorder = Recorder(probes, setup.monitor)
+    # The order of the data and dropout must not depend on the numbers that a candidate drew.
+    pl.seed_everything(spec.seed, workers=True, verbose=False)
+    counter = _Trainable()
+    trainer = _trainer(setup, [*callbacks, recorder, counter])
+    _validate(trainer, module, data)
+    _fit(trainer, module, data)
+    path = list(recorder.points)
+    line = _way_back(setup, pretrained, module, data, recorder, counter.names)
+    if path[-1].position < setup.steps and line and math.isfinite(path[-1].loss):
+        path.append(Point(float(setup.steps), line[-1].loss, line[-1].retention))
+    run = Run(
+        spec,
+        tuple(path),
+        tuple(line),
+        dict(recorder.baseline),
+        counter.trainable,
+        sum(parameter.numel() for parameter in pretrained.parameters()),
+        time.perf_counter() - started,
+    )
+    return trainer.strategy.broadcast(run)
 
 
 class Recorder(Callback):
@@ -189,6 +211,7 @@ class Recorder(Callback):
         self.baseline: dict[str, float] = {}
         self.validated: list[float] = []
         self.measured: list[dict[str, float]] = []
+        self.logged: dict[str, Tensor] = {}
         self.measures_all = False
 
     @override
@@ -203,6 +226,9 @@ class Recorder(Callback):
                     "is a ratio to that: use a capability that the model has, and a metric that is above 0 for it"
                 )
         self.points.append(Point(0.0, self.validated[-1], dict.fromkeys(self.baseline, 1.0)))
+        # A schedule with a monitor may look at it after an epoch that ends before the first validation.
+        wanted = {schedule.monitor for schedule in trainer.lr_scheduler_configs}
+        trainer.callback_metrics.update({name: value for name, value in self.logged.items() if name in wanted})
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -213,6 +239,7 @@ class Recorder(Callback):
         loss = float(value) if math.isfinite(value) else math.inf
         if trainer.state.fn != TrainerFn.FITTING:
             self.validated.append(loss)
+            self.logged = dict(trainer.callback_metrics)
             if self.measures_all:
                 self.measured.append(self._retention(trainer, pl_module))
             return
@@ -266,28 +293,21 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def made_by(make: Callable[..., Any], seed: int, kind: Any, argument: str) -> Any:
-    """What a user's function gives, which gets the seed if it has a parameter of that name."""
-    made = make(seed=seed) if "seed" in inspect.signature(make).parameters else make()
-    if not isinstance(made, kind):
-        wanted = "a LightningModule" if argument == "make_module" else "a LightningDataModule or (train, val) loaders"
-        raise TypeError(f"{argument} gave a {type(made).__name__}: it must return {wanted}")
-    return made
-
-
 def _trainer(setup: Setup, callbacks: Sequence[Callback]) -> pl.Trainer:
     options = {"devices": 1, **setup.trainer}
-    own = copy.deepcopy(options.pop("callbacks", None) or [])
+    given = options.pop("callbacks", None) or []
+    own = [one for one in (given if isinstance(given, list | tuple) else [given]) if not isinstance(one, _SHOWING)]
     accumulate = int(options.get("accumulate_grad_batches", 1))
     return pl.Trainer(
         **options,
-        callbacks=[*(own if isinstance(own, list) else [own]), *callbacks],
+        callbacks=[*copy.deepcopy(own), *callbacks],
         max_steps=setup.steps,
         max_epochs=-1,
         val_check_interval=math.ceil(setup.steps / setup.evaluations) * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        logger=False,
+        # A module may call its logger's own methods.
+        logger=DummyLogger(),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

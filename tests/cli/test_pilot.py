@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from kappa_lightning.cli import main
-from kappa_lightning.pilot import PilotResult
+from kappa_lightning.pilot import OutOfTimeError, PilotResult
 from kappa_lightning.pilot.configured import Configured
 
 CONFIG = {
@@ -58,6 +58,7 @@ def test_command_runs_a_configuration_and_writes_its_page(tmp_path, capsys):
     [
         ({"model": {}}, "model needs a class_path"),
         ({"pilot": {"stepz": 3}}, "stepz"),
+        ({"pilot": {"trainer": {"precision": 32}}}, "multiple values for keyword argument 'trainer'"),
         ({"trainer": {"accelerator": "cpu"}}, "no ForgettingEval"),
     ],
 )
@@ -66,6 +67,20 @@ def test_configuration_that_lacks_something_is_one_line(changes, message, tmp_pa
     path = written(tmp_path, **{**changes, "pilot": options})
     assert main(["pilot", str(path), "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_lack_of_time_is_one_line_and_an_error_says_of_which_candidate(tmp_path, capsys, monkeypatch):
+    def failing(*args, **options):
+        raise error
+
+    monkeypatch.setattr("kappa_lightning.pilot.pilot", failing)
+    error = OutOfTimeError("the hours do not suffice")
+    assert main(["pilot", str(written(tmp_path))]) == 1
+    assert capsys.readouterr().err.strip().endswith("error: the hours do not suffice")
+    error = ValueError("nothing to adapt")
+    error.add_note("in a run of the candidate 'lora r4'")
+    assert main(["pilot", str(written(tmp_path))]) == 1
+    assert "nothing to adapt (in a run of the candidate 'lora r4')" in capsys.readouterr().err
 
 
 def test_what_is_no_configuration_is_named(tmp_path):

@@ -1,3 +1,6 @@
+import pickle
+from dataclasses import replace
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -5,7 +8,7 @@ from outside import Plain, number_loaders
 
 from kappa_lightning import KappaFreezeCallback
 from kappa_lightning.pilot import LoraAdapters, TrainOnly, candidate
-from kappa_lightning.pilot.candidates import Candidate, candidates_of, make_callback
+from kappa_lightning.pilot.candidates import Candidate, candidates_of, make_callback, walk_back_of
 
 
 def fit(module, callbacks, steps=2):
@@ -177,3 +180,27 @@ def test_configuration_of_a_candidate_makes_its_callbacks_again(name):
         values = [{k: v for k, v in vars(one).items() if isinstance(v, plain)} for one in (again, made)]
         assert values[0] == values[1]
         assert values[0]
+
+
+def test_candidate_arrives_in_another_process_as_it_was_made():
+    made = candidate("reversed:kappa 0.5", always_train=("head.*",), seed=3)
+    again = pickle.loads(pickle.dumps(replace(made, name="mine")))  # noqa: S301 - made here
+    assert again.name == "mine"
+    assert again.specs(None)[0].to_dict() == made.specs(None)[0].to_dict()
+    assert again.build(Plain())[0].always_train == ("head.*",)
+
+
+def test_choice_by_a_glob_leaves_what_is_excluded():
+    (callback,) = candidate("*weight", exclude=("body.*",)).build(Plain())
+    module = Plain()
+    before = module.body.weight.clone()
+    fit(module, [callback])
+    assert torch.equal(module.body.weight, before)
+    assert not torch.equal(module.middle.weight, Plain().middle.weight)
+
+
+def test_walk_back_leaves_what_is_new_as_trained():
+    spec = walk_back_of("val/loss", 1.5, ("head.*",)).to_dict()
+    back = make_callback(spec)
+    assert (back.exclude, back.monitor) == (("head.*",), "val/loss")
+    assert make_callback(walk_back_of("val/loss", 1.5, ()).to_dict()).exclude == ()

@@ -1,6 +1,9 @@
 import inspect
 import json
+import multiprocessing
+import os
 import tomllib
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import lightning.pytorch as pl
@@ -11,8 +14,12 @@ from outside import ImageData, Images, Manual, Plain, image_probe, number_loader
 
 import kappa_lightning
 import kappa_lightning.pilot.executor as executor
-from kappa_lightning.pilot import PilotResult, RateFactor, TrainOnly, pilot
-from kappa_lightning.pilot.trial import run_trial
+from kappa_lightning.pilot import Candidate, PilotResult, RateFactor, TrainOnly, candidate, pilot
+from kappa_lightning.pilot.configured import Configured
+from kappa_lightning.pilot.entry import Entry
+from kappa_lightning.pilot.journal import Journal
+from kappa_lightning.pilot.statistics import Interval
+from kappa_lightning.pilot.trial import Run, Setup, Spec, run_trial
 
 SMALL = {
     "steps": 8, "evaluations": 1, "race_seeds": 0, "confirm_seeds": 2, "finalists": 2, "progress": False,
@@ -154,3 +161,119 @@ def test_argument_out_of_range_is_named_before_anything_is_run(options, message,
 def test_function_that_gives_something_else_is_named():
     with pytest.raises(TypeError, match="make_module gave a Linear"):
         pilot(lambda: torch.nn.Linear(2, 2), number_loaders, number_probe, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hours": "2"}, "hours='2' is a str"),
+        ({"level": True}, "level=True is a bool"),
+        ({"trainer": pl.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)}, "trainer is a Trainer"),
+        ({"probes": {}}, "probes is a dict of nothing"),
+    ],
+)
+def test_argument_of_another_type_is_named_before_anything_is_run(options, message, monkeypatch):
+    monkeypatch.setattr(executor, "run_trial", lambda *_: pytest.fail("something was run"))
+    with pytest.raises(TypeError, match=message):
+        ask(Plain(), **options)
+
+
+def test_module_in_place_of_its_function_is_named():
+    with pytest.raises(TypeError, match="make_module is a Plain: give a function that returns it"):
+        pilot(Plain(), number_loaders, number_probe, **SMALL)
+    with pytest.raises(TypeError, match="make_data is a tuple"):
+        pilot(Plain, number_loaders(), number_probe, **SMALL)
+
+
+def executing(tmp_path, candidates, **options):
+    setup = Setup(Plain, number_loaders, number_probe, "val/loss", 8, 1)
+    return executor.Executor(setup, candidates, Journal(tmp_path, {}), **options)
+
+
+def test_time_that_does_not_suffice_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(executor, "run_trial", lambda setup, spec, by: Run(spec, (), (), {}, 1, 1, 10.0))
+    execute = executing(tmp_path, {"full": candidate("full")}, limit=5.0)
+    execute([Spec("full", 0, 0)])
+    with pytest.raises(
+        executor.OutOfTimeError, match=r"1 more of about 10 s would take 20 s, and 5 s .* give more hours"
+    ):
+        execute([Spec("full", 1, 0)])
+
+
+def test_workers_that_die_or_import_the_script_say_what_to_do(tmp_path, monkeypatch):
+    class Dying:
+        def __init__(self, *args, **kwargs):
+            self._processes = {}
+
+        def submit(self, *args):
+            raise BrokenProcessPool("a child process terminated abruptly")
+
+        def shutdown(self, **options):
+            pass
+
+    monkeypatch.setattr(executor, "ProcessPoolExecutor", Dying)
+    execute = executing(tmp_path, {"full": candidate("full")}, workers=2)
+    with pytest.raises(BrokenProcessPool, match="if __name__ == '__main__'"):
+        execute([Spec("full", 0, 0), Spec("full", 1, 0)])
+    with pytest.raises(ValueError, match="the candidate 'mine' cannot be sent to another process"):
+        executing(tmp_path, {"mine": Candidate("mine", lambda module: [])}, workers=2)
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(RuntimeError, match="while a process of its workers imports your script"):
+        executing(tmp_path, {"full": candidate("full")}, workers=2)
+
+
+def entry(name="mine", **changes):
+    interval = Interval(0.93, 0.92, 0.94, 3)
+    values = {
+        "name": name, "walked": True, "stage": "confirmed", "arrived": 3, "seeds": 3, "retention": interval,
+        "nats": interval, "probes": {}, "factor": 2.0, "share": 0.5, "trainable": 1, "seconds": 1.0, "lowest_loss": 1.0,
+        "p": 1.0, "in_set": True, "near": True, "keeps": False, "searched": 0.93, "init": None,
+    }  # fmt: skip
+    return Entry(**{**values, **changes})
+
+
+def result_of(*entries, builds=None):
+    settings = {"monitor": "val/loss", "always_train": ["head.*"]}
+    return PilotResult(entries, 1.25, 4.0, 0.95, 0.01, 9, 60.0, (), {}, settings, builds or {})
+
+
+def test_function_that_was_walked_back_is_walked_back_by_what_is_recommended():
+    best = result_of(entry(), builds={"mine": mine}).best
+    factor, only, back = best.callbacks(Plain())
+    assert (factor.factor, only.include) == (2.0, ("head.weight",))
+    assert (back.monitor, back.goal.monitor_limit, back.exclude) == ("val/loss", 1.25, ("head.*",))
+    with pytest.raises(
+        ValueError, match=r"'mine' is a function of yours, which looks at a module: callbacks\(module\)"
+    ):
+        best.callbacks()
+    assert "RateFactor(2), and before a WalkBack" in best.yaml()
+
+
+def test_answer_says_no_more_than_was_found():
+    alone = result_of(entry()).answer
+    assert "no other one was confirmed" in alone
+    assert "less than the 0.95 that was asked for, as do all that keep as much as the best" in alone
+    beaten = result_of(entry(), entry("other", in_set=False, near=False)).answer
+    assert "it keeps more than the others that were confirmed" in beaten
+    nothing = Interval(float("nan"), float("nan"), float("nan"), 0)
+    missed = result_of(entry(in_set=False, near=False, arrived=0, retention=nothing, nats=nothing))
+    assert "No candidate came down to a loss of 1.25 with any seed of the confirmation" in missed.answer
+    with pytest.raises(ValueError, match="No candidate came down"):
+        _ = missed.best
+
+
+def test_model_of_a_configuration_does_not_depend_on_the_run_that_asks_first(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    boring = "lightning.pytorch.demos.boring_classes"
+    file.write_text(
+        f"model: {{class_path: {boring}.BoringModel}}\ndata: {{class_path: {boring}.BoringDataModule}}\n"
+        "trainer: {accelerator: cpu, logger: false}\n"
+    )
+    weights = []
+    for seed in ("5", "6"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        state = torch.get_rng_state()
+        weights.append(Configured(file).make_module().layer.weight)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert os.environ["PL_GLOBAL_SEED"] == seed
+    assert torch.equal(*weights)

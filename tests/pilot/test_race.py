@@ -152,3 +152,13 @@ def test_one_seed_tells_nothing_apart():
     verdicts = judge({("a", False): readings(0.9), ("b", True): readings(0.2)})
     assert all(verdict.in_set for verdict in verdicts.values())
     assert judge({}) == {}
+
+
+def test_nothing_is_the_answer_if_nothing_arrives():
+    verdicts = judge({("a", False): readings(None, None), ("b", False): readings(None, None)})
+    assert not any(verdict.in_set or verdict.near for verdict in verdicts.values())
+
+
+def test_level_that_is_not_below_the_start_is_named():
+    with pytest.raises(ValueError, match="level=4 is not below the held-out loss before training, 4"):
+        race(Model(), ["good"], Rules(0.8, 4.0, 0, 1, 2, 2))

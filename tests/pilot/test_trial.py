@@ -1,9 +1,13 @@
 import copy
 import json
 import math
+import os
+import signal
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from outside import (
     STEPS,
     ImageData,
@@ -18,8 +22,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kappa_lightning import AccuracyProbe
 from kappa_lightning.pilot.candidates import Candidate, candidate
+from kappa_lightning.pilot.given import probes_of
 from kappa_lightning.pilot.halves import half_of
 from kappa_lightning.pilot.journal import Journal
+from kappa_lightning.pilot.settings import settings_of
 from kappa_lightning.pilot.trial import Setup, Spec, run_trial
 
 
@@ -159,3 +165,88 @@ def test_journal_refuses_runs_of_other_settings_and_damaged_files(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
         journal.find(spec)
     assert journal.file(Spec("kappa-0.25", -2, 7, "confirm")) != journal.file(spec)
+
+
+def test_interrupted_run_says_so_and_leaves_the_signal_and_the_environment_as_they_were(monkeypatch):
+    class Interrupted(Plain):
+        def training_step(self, batch, batch_idx):
+            raise KeyboardInterrupt
+
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(setup_of(Interrupted()), Spec("full", 0, 5), "full")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "PL_GLOBAL_SEED" not in os.environ
+    assert os.environ["PL_SEED_WORKERS"] == "0"
+
+
+def test_module_with_a_monitored_schedule_its_own_logging_and_the_users_callbacks_goes_through(tmp_path):
+    class Usual(Plain):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.logger.experiment.add_scalar("batch", batch_idx, self.global_step)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), lr=0.02)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
+
+    epochs = []
+
+    class Counting(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            epochs.append(trainer.current_epoch)
+
+        def __deepcopy__(self, memo):
+            return self
+
+    callbacks = [ModelCheckpoint(tmp_path), LearningRateMonitor(), RichProgressBar(), Counting()]
+    # The first epoch, of six batches, ends before the only validation.
+    setup = setup_of(Usual(), evaluations=1, trainer={"accelerator": "cpu", "callbacks": callbacks})
+    run = run_trial(setup, Spec("full", 0, 5), "full")
+    assert [point.position for point in run.path] == [0, STEPS]
+    assert epochs[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("probes", "message"),
+    [
+        ({}, "probes is a dict of nothing"),
+        ([1], "probes is a list"),
+        ({"old": 3}, "probes is a dict of int"),
+        (lambda module: None, "probes gave a NoneType"),
+    ],
+)
+def test_probes_that_are_none_are_named(probes, message):
+    with pytest.raises(TypeError, match=message):
+        probes_of(probes, Plain())
+
+
+def test_error_of_a_run_names_the_candidate_and_the_probe():
+    with pytest.raises(ValueError, match="the probe 'old' has one batch") as caught:
+        run_trial(setup_of(Plain(), probes={"old": AccuracyProbe([1])}), Spec("mine", 0, 5, "search"), "full")
+    assert caught.value.__notes__ == ["in a run of the candidate 'mine'"]
+
+
+def test_settings_of_equal_callbacks_are_equal_and_of_others_differ():
+    def told(patience):
+        callbacks = [EarlyStopping("val/loss", patience=patience)]
+        return settings_of(setup_of(Plain(), trainer={"callbacks": callbacks, "precision": 32}), Plain())
+
+    assert told(2) == told(2)
+    assert told(2) != told(3)
+    changed = Plain()
+    changed.body.bias.data[0] += 1e-3
+    assert settings_of(setup_of(Plain()), changed)["weights"] != settings_of(setup_of(Plain()), Plain())["weights"]
+
+
+def test_journal_refuses_another_candidate_of_the_same_name(tmp_path):
+    journal = Journal(tmp_path, {"steps": 3})
+    journal.require({"a": [{"max_params": 0.25}], "function": None})
+    journal.require({"b": [], "a": [{"max_params": 0.25}]})
+    with pytest.raises(ValueError, match=r"another candidate 'a', which was .*0\.25.* and is .*0\.5"):
+        journal.require({"a": [{"max_params": 0.5}]})
+    assert list(journal.runs()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from kappa_lightning.cli.command import Command
@@ -34,7 +35,7 @@ _OPTIONS = ("candidates", "steps", "hours", "monitor", "target", "min_retention"
 
 
 def _run(args: Namespace) -> int:
-    from kappa_lightning.pilot import pilot
+    from kappa_lightning.pilot import OutOfTimeError, pilot
     from kappa_lightning.pilot.configured import Configured
 
     configured = Configured(args.config)
@@ -49,8 +50,10 @@ def _run(args: Namespace) -> int:
             folder=args.out / "runs",
             **options,
         )
+    except (OutOfTimeError, BrokenProcessPool) as error:
+        raise ValueError(str(error)) from error
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if not any(words in str(error) for words in ("unexpected keyword argument", "multiple values for")):
             raise
         raise ValueError(f"{args.config}: the section pilot: {error}") from error
     page = result.report(args.out)
