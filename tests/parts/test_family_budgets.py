@@ -72,8 +72,8 @@ def experts_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every matrix of an expert by the name of its candidate."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        # Granite's files have the experts of a layer in the layer itself, and its hybrids the shared one beside it; what
-        # gates a shared expert is a router.
+        # Granite's files have the experts of a layer in the layer itself, and its hybrids the shared one beside it;
+        # what gates a shared expert is a router.
         is_expert = any(part in name for part in ("expert", "moe.input", "moe.output", "shared_mlp"))
         if is_expert and "expert_gate" not in name:
             if tensor.ndim == 3:
