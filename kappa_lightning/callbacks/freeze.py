@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -158,6 +158,7 @@ class KappaFreezeCallback(FreezeCallback[KappaProfile]):
         trainer: pl.Trainer,
         module: pl.LightningModule,
         candidates: Sequence[Weight],
+        alongside: Collection[str],
         processes: Processes,
     ) -> Choice[KappaProfile]:
         return self.choose_among(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Generic
 
 import lightning.pytorch as pl
@@ -106,6 +106,7 @@ class FreezeCallback(Keyed, Generic[AnyProfile]):
         trainer: pl.Trainer,
         module: pl.LightningModule,
         candidates: Sequence[Weight],
+        alongside: Collection[str],
         processes: Processes,
     ) -> Choice[AnyProfile]:
         """Choose what trains. Called in ``on_fit_start``, by all processes together, before anything is changed.
@@ -119,6 +120,7 @@ class FreezeCallback(Keyed, Generic[AnyProfile]):
             trainer: whose fit begins.
             module: what it trains.
             candidates: the matrices that may be chosen, at least one; each requires a gradient.
+            alongside: the names of the parameters that train whatever is chosen.
             processes: who takes part.
         """
         raise NotImplementedError
@@ -367,7 +369,7 @@ class FreezeCallback(Keyed, Generic[AnyProfile]):
             earlier = self._decided(self._plan, released=False)
             return plan_of_state(module, earlier, self._plan.profile, optimized=names, claimed=claimed)
         candidates = find_candidates(module, self._patterns, optimized=names, claimed=claimed)
-        return candidates.plan(self.choose(trainer, module, candidates.weights, processes))
+        return candidates.plan(self.choose(trainer, module, candidates.weights, candidates.alongside, processes))
 
     def _decided(self, plan: Plan[AnyProfile], released: bool) -> dict[str, Any]:
         """What a plan decided, as plain values; once released, everything that it took out trains."""

@@ -64,6 +64,11 @@ class Candidates:
     optimized: set[str]
     companions: dict[str, tuple[str, ...]]
 
+    @property
+    def alongside(self) -> set[str]:
+        """The names of what trains whatever is chosen."""
+        return (self.always | self.vectors) & self.trainable & self.optimized
+
     def plan(self, choice: Choice[AnyProfile]) -> Plan[AnyProfile]:
         """What a choice makes of the parameters.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.arguments import as_bool, as_int, as_path, describe
@@ -37,7 +36,6 @@ from kappa_lightning.sensitivity.signal import kind_of_optimizer
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.tables import sensitivity_markdown
 from kappa_lightning.weights import Weight, plain_parameters
-from kappa_lightning.weights.patterns import match_parameters
 
 
 class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
@@ -185,6 +183,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         trainer: pl.Trainer,
         module: pl.LightningModule,
         candidates: Sequence[Weight],
+        alongside: Collection[str],
         processes: Processes,
     ) -> Choice[SensitivityProfile]:
         if self.experts == EACH:
@@ -192,7 +191,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         parts = {weight.name: weight.part for weight in candidates if weight.part is not None}
         profile = self._known(module, candidates, processes)
         if profile is None:
-            profile = self._measure(trainer, module, candidates, processes)
+            profile = self._measure(trainer, module, candidates, alongside, processes)
             if self.reference == "auto" and profile.settings.reference == str(TaskInputs()):
                 rank_zero_warn(
                     "the model writes no text, and its inputs are none that a gradient can change, so reference='auto' "
@@ -294,6 +293,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         trainer: pl.Trainer,
         module: pl.LightningModule,
         candidates: Sequence[Weight],
+        alongside: Collection[str],
         processes: Processes,
     ) -> SensitivityProfile:
         adapter = adapter_for(trainer)
@@ -315,7 +315,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             settle=lambda: adapter.settle(module),
             processes=Processes() if lockstep else processes,
             watch=lambda description, total: ticking(trainer, description, total),
-            alongside=self._alongside(module, candidates),
+            alongside=[parameter for name, parameter in plain_parameters(module).items() if name in alongside],
             loss_scale=1024.0 if half else 1.0,
         )
         with silenced(trainer, module), adapter.evaluating(module):
@@ -324,18 +324,6 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             if self.method == "path" or (self.method == "auto" and not isinstance(reference, GeneratedText)):
                 return SensitivityProfile(*measurement.by_path(trainer.optimizers))
             return SensitivityProfile(*measurement.by_gradients(self._optimizer(trainer, candidates), self.draws))
-
-    def _alongside(self, module: pl.LightningModule, candidates: Sequence[Weight]) -> list[nn.Parameter]:
-        """What trains beside whatever is chosen."""
-        measured = {id(parameter) for weight in candidates for parameter in weight.parameters}
-        always = match_parameters(module, self.always_train, argument="always_train")
-        return [
-            parameter
-            for name, parameter in plain_parameters(module).items()
-            if (name in always or (self.train_vectors and parameter.ndim < 2))
-            and parameter.requires_grad
-            and id(parameter) not in measured
-        ]
 
     def _optimizer(self, trainer: pl.Trainer, candidates: Sequence[Weight]) -> str:
         """The kind of the optimizer that trains most of the candidates."""

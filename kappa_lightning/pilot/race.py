@@ -303,4 +303,5 @@ def _p_beyond(best: Mapping[int, float | None], own: Mapping[int, float | None],
     pairs = [(best[seed], own[seed]) for seed in sorted(best.keys() & own.keys())]
     beyond = [one - other - margin for one, other in pairs if one is not None and other is not None]
     p = t_test(beyond)
-    return 1.0 if sum(beyond) <= 0 and p == p else p
+    # Behind by less than the margin is no difference, however surely it is less.
+    return 1.0 if sum(beyond) <= 0 and not math.isnan(p) else p

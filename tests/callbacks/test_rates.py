@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ class Rated(FreezeCallback[KappaProfile]):
         super().__init__(include=["*"], exclude=["d.*"], always_train=(), train_vectors=True)
         self.chosen = RATES if rates is None else rates
 
-    def choose(self, trainer: Any, module: nn.Module, candidates: Sequence[Any], processes: Any) -> Choice[Any]:
+    def choose(self, trainer: Any, module: nn.Module, candidates: Any, alongside: Any, processes: Any) -> Choice[Any]:
         assert [weight.name for weight in candidates] == list(RATES)
         return Choice(list(RATES), KappaProfile.from_weights(candidates), rates=self.chosen)
 

@@ -301,6 +301,21 @@ def test_path_of_the_callback_trains_what_always_trains(tmp_path):
     assert signals(train_vectors=True) not in (signals(), signals(always_train=["head.*"]))
 
 
+@pytest.mark.parametrize("patterns", [{}, {"always_train": ["head.*"]}, {"train_vectors": True}])
+def test_what_trains_alongside_is_all_that_trains_beside_the_choice(tmp_path, patterns):
+    class Told(SensitivityFreezeCallback):
+        def choose(self, trainer, module, candidates, alongside, processes):
+            self.told = set(alongside)
+            return super().choose(trainer, module, candidates, alongside, processes)
+
+    # The bias of a layer that the other callback is in charge of is not this one's.
+    other = KappaFreezeCallback(num_tensors=1, include=["conv.*"])
+    callback = Told(num_tensors=1, include=["hidden.*", "norm.*"], **patterns)
+    trainer = make_trainer(tmp_path, callback, other, max_epochs=1)
+    trainer.fit(TinyNet(), loader())
+    assert callback.told == set(callback.trained_names) - set(callback.selected_names) - set(other.trained_names)
+
+
 def test_asking_about_the_tasks_own_inputs_is_said_unless_it_was_asked_for(tmp_path):
     with pytest.warns(UserWarning, match="asked it about the new task's own inputs"):
         fit(tmp_path, TinyNet(), SensitivityFreezeCallback(num_tensors=1))
