@@ -26,6 +26,7 @@ from kappa_lightning.callbacks.keyed import Keyed
 from kappa_lightning.callbacks.pretrained import PretrainedKeeper
 from kappa_lightning.callbacks.reporting import log_scalars, log_text
 from kappa_lightning.callbacks.stopwatch import Stopwatch
+from kappa_lightning.callbacks.unseen_steps import UnseenSteps
 from kappa_lightning.probes.inputs import Output
 from kappa_lightning.restoring import random_numbers_restored
 from kappa_lightning.strategies import adapter_for
@@ -61,8 +62,8 @@ class PretrainedAnchor(Keyed):
 
     Works with one process, DDP and ModelParallelStrategy (FSDP2): each process works on its share of the samples of a
     batch. With several optimizers each gets its own part of the gradient, at the cost of a pass each. With manual
-    optimization it works for the optimizers that ``self.optimizers()`` returns, which call Lightning's hooks. A
-    communication hook of DDP does not see this gradient.
+    optimization it works for the optimizers that ``self.optimizers()`` returns, which call Lightning's hooks; it warns
+    of one that steps without them. A communication hook of DDP does not see this gradient.
 
     A checkpoint holds what trains as it was, and the references, so that a resumed run equals the uninterrupted one.
 
@@ -173,6 +174,7 @@ class PretrainedAnchor(Keyed):
         self._steps: list[int] = []
         self._batch: Any = None
         self._watch = Stopwatch()
+        self._unseen = UnseenSteps("PretrainedAnchor")
 
     @property
     def strength(self) -> float:
@@ -239,6 +241,8 @@ class PretrainedAnchor(Keyed):
         self._keeper.state.move_to(None if references.source == "forward" or self.weight_pull else "cpu", pl_module)
         if not trainer.barebones:
             rank_zero_info(f"PretrainedAnchor: {references.describe()}; {self._keeper.describe()}")
+        by_hand = not pl_module.automatic_optimization
+        self._unseen = UnseenSteps("PretrainedAnchor", trainer.optimizers if by_hand else ())
         if trainer.global_step == 0 and (text := references.markdown(pl_module)):
             log_text(trainer, "anchor/references", text)
 
@@ -256,6 +260,7 @@ class PretrainedAnchor(Keyed):
         number = next(n for n, other in enumerate(trainer.optimizers) if _same(other, optimizer))
         step = self._steps[number]
         self._steps[number] += 1
+        self._unseen.saw(number)
         if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             return  # training_step returned None, and nothing steps
         # A parameter that was unfrozen just now has not moved yet.
@@ -282,6 +287,7 @@ class PretrainedAnchor(Keyed):
     @override
     def on_train_batch_end(self, *_: Any) -> None:
         self._batch = None
+        self._unseen.check()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -325,7 +331,8 @@ class PretrainedAnchor(Keyed):
         return f"PretrainedAnchor({', '.join(arguments)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_batch": None, "_watch": Stopwatch()}
+        idle = {"_batch": None, "_watch": Stopwatch(), "_unseen": UnseenSteps("PretrainedAnchor")}
+        return self.__dict__ | idle
 
     def _add(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer, turn: int) -> Tensor:
         """Add the gradient of one turn, and return the mean divergence over all processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -406,6 +407,41 @@ def test_several_optimizers_by_hand_each_get_their_part(tmp_path: Path) -> None:
                     parameter -= LR * gradient
     torch.testing.assert_close(module.linear.weight, expected.linear.weight, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(module.second.weight, expected.second.weight, rtol=1e-5, atol=1e-7)
+
+
+class TwoByHand(Softmax):
+    """Two optimizers, of which those in ``silent`` step without Lightning's hooks."""
+
+    def __init__(self, silent: Sequence[int]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.silent = silent
+        self.second = nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(super().forward(x))
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        hooked, silent = self.optimizers(), self.optimizers(use_pl_optimizer=False)
+        for number in range(2):
+            optimizer = (silent if number in self.silent else hooked)[number]
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.linear.parameters(), lr=LR), torch.optim.Adam(self.second.parameters(), lr=LR)]
+
+
+@pytest.mark.parametrize("silent", [(), (1,), (0, 1)])
+def test_an_optimizer_that_steps_without_the_hooks_is_named_once(tmp_path: Path, silent: Sequence[int]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(tmp_path, PretrainedAnchor([(OLD,)], STRENGTH, new_task_divergence=False), TwoByHand(silent))
+    said = [str(warning.message) for warning in caught if "saw no step" in str(warning.message)]
+    kinds = ["SGD (optimizer 0)", "Adam (optimizer 1)"]
+    assert len(said) == min(1, len(silent))
+    assert all(kinds[silent[0]] in text and "use_pl_optimizer=False" in text for text in said)
 
 
 def test_a_tensor_that_is_unfrozen_later_is_compared_with_its_own_start(tmp_path: Path) -> None:
