@@ -75,6 +75,12 @@ class Configured:
         values = self._cli().config_init["trainer"]
         return {name: values[name] for name in sorted(asked)}
 
+    def settings(self) -> dict[str, Any]:
+        """What of the file decides the runs: all but what a run may do beside them, such as logging."""
+        callbacks = (self.config.get("trainer") or {}).get("callbacks") or []
+        kept = [one for one in callbacks if str(one.get("class_path", "")).endswith("ForgettingEval")]
+        return {**{name: part for name, part in self.config.items() if name != "trainer"}, "probes": kept}
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_built": None}
 

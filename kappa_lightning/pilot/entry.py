@@ -21,8 +21,9 @@ class Entry:
     Attributes:
         name: of the candidate.
         walked: whether it is read on the way from the trained back to the pretrained weights.
-        stage: how far it came: ``"confirmed"``, ``"raced"``, ``"searched"`` (its rate is known and no more), or
-            ``"not arrived"``. Only what was confirmed has an interval and may be in the set.
+        stage: how far it came: ``"confirmed"``, ``"raced"``, ``"searched"`` (its rate is known and no more),
+            ``"not arrived"`` at any rate, ``"cut off"`` (the hours did not suffice for its search), or ``"failed"``.
+            Only what was confirmed has an interval and may be in the set.
         arrived: seeds at which it reached the level, of that stage.
         seeds: seeds of that stage.
         retention: the mean over the seeds that arrived.
@@ -38,6 +39,7 @@ class Entry:
         near: whether its mean is within the margin of the best's as well.
         keeps: whether its mean is at least ``min_retention``.
         searched: the mean retention on the half of the probes' data that the search saw; NaN if it was not seen there.
+        error: what its first run raised, if it failed.
         init: its callbacks as a LightningCLI configuration has them; ``None`` for a function of the user's.
     """
 
@@ -60,6 +62,7 @@ class Entry:
     keeps: bool
     searched: float
     init: Sequence[Mapping[str, Any]] | None
+    error: str = ""
 
     @property
     def label(self) -> str:

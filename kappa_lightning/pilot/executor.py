@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Self
+from typing import Any, Self
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 
 from kappa_lightning.pilot.candidates import Candidate
@@ -21,6 +22,18 @@ from kappa_lightning.pilot.trial import Run, Setup, Spec, run_trial
 
 Report = Callable[[Run, bool], None]
 """Told of each run, and whether it had been done before."""
+
+
+CONTAINED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    MisconfigurationException,
+)
+"""What a candidate that does not suit a module raises, or one that does not fit into memory."""
 
 
 class OutOfTimeError(RuntimeError):
@@ -63,6 +76,7 @@ class Executor:
         self.workers = workers
         self.report = report
         self.made: dict[Spec, Run] = {}
+        self._spent = 0.0
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
             _require_guard()
@@ -77,8 +91,8 @@ class Executor:
 
     @property
     def spent(self) -> float:
-        """The seconds of the runs so far, over the processes that share them."""
-        return sum(run.seconds for run in self.made.values()) / self.workers
+        """The seconds of the runs so far, those that the processes made side by side counted once."""
+        return self._spent
 
     @property
     def seconds_per_run(self) -> float:
@@ -96,7 +110,7 @@ class Executor:
         known = {spec: run for spec in new if (run := self.journal.find(spec)) is not None}
         missing = [spec for spec in new if spec not in known]
         # A run that is known counts as if it were made now, or an interruption would change what follows.
-        expected = self.spent + self.seconds_per_run * len(new) / self.workers
+        expected = self.spent + makespan([self.seconds_per_run] * len(new), self.workers)
         if self.limit is not None and new and expected > self.limit:
             raise OutOfTimeError(
                 f"the hours do not suffice: the runs so far and {len(new)} more of about {self.seconds_per_run:.3g} s "
@@ -106,12 +120,41 @@ class Executor:
         for spec, run in known.items():
             self.made[spec] = run
             self.report(run, True)
-        if self.workers == 1 or len(missing) < 2:
-            for spec in missing:
-                self._keep(run_trial(self.setup, spec, self.candidates[spec.candidate]))
-        else:
-            self._share(missing)
+        try:
+            if self.workers == 1 or len(missing) < 2:
+                for spec in missing:
+                    self._keep(run_trial(self.setup, spec, self.candidates[spec.candidate]))
+            else:
+                self._share(missing)
+        finally:
+            self._spent += makespan([self.made[spec].seconds for spec in new if spec in self.made], self.workers)
         return [self.made[spec] for spec in specs]
+
+    def attempt(self, specs: Sequence[Spec]) -> tuple[list[Run], dict[str, Exception]]:
+        """The runs of those specs that can be made, and by candidate the error of the others.
+
+        A candidate may not suit the module, or not fit into memory, which is no reason to do without the others.
+
+        Raises:
+            OutOfTimeError: as above.
+            BrokenProcessPool: if another process has died.
+        """
+        failed: dict[str, Exception] = {}
+        try:
+            return self(specs), failed
+        except (OutOfTimeError, BrokenProcessPool):
+            raise
+        except CONTAINED:
+            # Whose it was is seen when each is made by itself; what is done already is not done again.
+            runs = []
+            for spec in specs:
+                try:
+                    runs += self([spec])
+                except (OutOfTimeError, BrokenProcessPool):
+                    raise
+                except CONTAINED as error:
+                    failed[spec.candidate] = error
+            return runs, failed
 
     def _keep(self, run: Run) -> None:
         self._add(run)
@@ -130,7 +173,7 @@ class Executor:
                 self.workers,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_begin,
-                initargs=(threads,),
+                initargs=(threads, self._devices()),
             )
         pool = self._pool
         try:
@@ -152,14 +195,52 @@ class Executor:
             self._close()
             raise
 
+    def _devices(self) -> Any:
+        """A queue of what each process shall see of several CUDA devices; ``None`` where there is nothing to share."""
+        count = torch.cuda.device_count()
+        if count < 2 or {"devices", "strategy"} & self.setup.trainer.keys():
+            return None
+        queue = multiprocessing.get_context("spawn").Queue()
+        for device in devices_of(self.workers, count, os.environ.get("CUDA_VISIBLE_DEVICES")):
+            queue.put(device)
+        return queue
+
     def _close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
 
-def _begin(threads: int) -> None:
+def makespan(seconds: Sequence[float], workers: int) -> float:
+    """How long runs take that are handed out in their order, each to whoever is free.
+
+    Example:
+        >>> makespan([3.0, 1.0, 1.0], 2), makespan([3.0, 1.0, 1.0], 1)
+        (3.0, 5.0)
+    """
+    free = [0.0] * workers
+    for each in seconds:
+        first = min(range(workers), key=free.__getitem__)
+        free[first] += each
+    return max(free)
+
+
+def devices_of(workers: int, count: int, visible: str | None) -> list[str]:
+    """Which CUDA device each process sees, as ``CUDA_VISIBLE_DEVICES`` has it.
+
+    Example:
+        >>> devices_of(3, 2, None), devices_of(2, 2, "4,6")
+        (['0', '1', '0'], ['4', '6'])
+    """
+    names = [str(number) for number in range(count)] if visible is None else visible.split(",")[:count]
+    return [names[number % len(names)].strip() for number in range(workers)]
+
+
+def _begin(threads: int, devices: Any = None) -> None:
     torch.set_num_threads(threads)
+    if devices is not None:
+        # Before anything asks for a device in this process.
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
     # Ctrl-C at a terminal goes to all processes: the first one says what there is to say.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -10,10 +10,10 @@ import lightning.pytorch as pl
 
 from kappa_lightning.probes import Probe
 
+Probes = Mapping[str, Probe] | Callable[[pl.LightningModule], Mapping[str, Probe]]
 
-def probes_of(
-    given: Mapping[str, Probe] | Callable[[pl.LightningModule], Mapping[str, Probe]], module: pl.LightningModule
-) -> Mapping[str, Probe]:
+
+def probes_of(given: Probes, module: pl.LightningModule) -> Mapping[str, Probe]:
     """The probes by name.
 
     Raises:

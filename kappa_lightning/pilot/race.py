@@ -75,6 +75,7 @@ class Course:
         dropped: the seeds after which a candidate had dropped out of the race.
         confirmed: outcomes of the confirmation by candidate and seed.
         unfinished: the stages that the time did not suffice for.
+        failed: the error of each candidate whose first run raised one.
     """
 
     level: float = math.nan
@@ -85,6 +86,7 @@ class Course:
     dropped: dict[str, int] = field(default_factory=dict)
     confirmed: dict[str, dict[int, Outcome]] = field(default_factory=dict)
     unfinished: list[str] = field(default_factory=list)
+    failed: dict[str, Exception] = field(default_factory=dict)
 
 
 def race(execute: Executor, names: Sequence[str], rules: Rules) -> Course:
@@ -139,7 +141,7 @@ def _rates(execute: Executor, names: Sequence[str], rules: Rules, course: Course
     # A run of each in turn, so that time that is too short is too short for all.
     while True:
         asked = []
-        for name in names:
+        for name in (name for name in names if name not in course.failed):
             tried = {step: lowest_loss(run.path) for step, run in course.searches[name].items()}
             step = next_step(tried, course.level)
             if step is not None:
@@ -148,7 +150,12 @@ def _rates(execute: Executor, names: Sequence[str], rules: Rules, course: Course
             return
         size = execute.workers
         for batch in (asked[at : at + size] for at in range(0, len(asked), size)):
-            for run in execute(batch):
+            runs, failed = execute.attempt(batch)
+            course.failed |= failed
+            if course.failed.keys() >= set(names):
+                # The module's own, and none of a candidate.
+                raise course.failed[names[0]]
+            for run in runs:
                 course.searches[run.spec.candidate][run.spec.step] = run
                 if run.path[0].loss <= course.level:
                     raise ValueError(
@@ -160,7 +167,7 @@ def _rates(execute: Executor, names: Sequence[str], rules: Rules, course: Course
 def _settle_rates(names: Sequence[str], course: Course) -> None:
     for name in names:
         tried = {step: lowest_loss(run.path) for step, run in course.searches.get(name, {}).items()}
-        course.rates[name] = slowest(tried, course.level)
+        course.rates[name] = None if name in course.failed else slowest(tried, course.level)
     if not any(course.searches.values()):
         raise OutOfTimeError("there was no time for a run of any candidate: give more hours")
     if all(step is None for step in course.rates.values()):

@@ -64,8 +64,8 @@ def rows_of(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     """The cells of the table, under :data:`HEADERS`; a star marks what keeps as much as the best, ``?`` what may."""
     rows: list[tuple[str, ...]] = []
     for entry in entries:
-        arrived = f"{entry.arrived}/{entry.seeds}" if entry.arrived else f"no, lowest loss {entry.lowest_loss:.4g}"
-        stage = "" if entry.stage in ("confirmed", "not arrived") else f" ({entry.stage})"
+        arrived = f"{entry.arrived}/{entry.seeds}" if entry.arrived else _not_arrived(entry)
+        stage = f" ({entry.stage})" if entry.stage in ("raced", "searched") else ""
         rows.append(
             (
                 "*" if entry.near else "?" if entry.in_set else "",
@@ -74,12 +74,19 @@ def rows_of(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
                 shown(entry.retention),
                 shown(entry.nats),
                 shown_p(entry.p),
-                f"{entry.trainable:,}",
+                f"{entry.trainable:,}" if entry.trainable else "",
                 "" if math.isnan(entry.factor) else f"{entry.factor:.3g}",
-                f"{entry.seconds:.0f}",
+                "" if math.isnan(entry.seconds) else f"{entry.seconds:.0f}",
             )
         )
     return rows
+
+
+def _not_arrived(entry: Entry) -> str:
+    if entry.stage == "failed":
+        return "failed"
+    lowest = "" if math.isnan(entry.lowest_loss) else f", lowest loss {entry.lowest_loss:.4g}"
+    return f"{'no time' if entry.stage == 'cut off' else 'no'}{lowest}"
 
 
 def table_of(entries: Sequence[Entry]) -> str:
@@ -151,8 +158,16 @@ def page_of(result: Result) -> str:
         f"Everything is read where the held-out loss first comes down to {result.level:.4g} (before training: "
         f"{result.start_loss:.4g}). {result.runs} runs took {result.seconds / 60:.1f} minutes."
     )
+    lines.append(
+        "What is kept holds at that loss: whoever trains further forgets more. To stop there, give your Trainer "
+        f"`EarlyStopping(<monitor>, stopping_threshold={result.level:.6g})`."
+    )
     if result.unfinished:
-        lines.append(f"The time did not suffice for the whole of: {', '.join(result.unfinished)}.")
+        lines.append(
+            f"The time did not suffice for the whole of: {', '.join(result.unfinished)}. Where a search was cut off, "
+            "its rate is the slowest that arrived so far."
+        )
+    lines += [f"{entry.name} failed: {entry.error}" for entry in result.entries if entry.error]
     lines += ["", f"|{'|'.join(f' {header} ' for header in HEADERS)}|", f"|{'---|' * len(HEADERS)}"]
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows_of(result.entries)]
     lines += [

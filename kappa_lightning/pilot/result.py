@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -15,10 +16,12 @@ import tomli_w
 from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
 
+from kappa_lightning.callbacks import WalkBack
 from kappa_lightning.files import write_text
 from kappa_lightning.pilot.adaptation import Point
 from kappa_lightning.pilot.candidates import Build, make_callback, walk_back_of
 from kappa_lightning.pilot.entry import Entry, FrontPoint, front_of
+from kappa_lightning.pilot.given import Probes, probes_of
 from kappa_lightning.pilot.plain import decoded, encoded
 from kappa_lightning.pilot.rates import RateFactor
 from kappa_lightning.pilot.report import answer_of, callbacks_yaml, figure_of, page_of, table_of, write_report
@@ -36,11 +39,13 @@ class Recommendation:
         entry: the row of the table.
         build: from a module to callbacks; ``None`` if the result was read from a file.
         back: what walks back behind a function of the user's, as a configuration has it.
+        probes: those of the pilot, or a function from the module to them; ``None`` if the result was read from a file.
     """
 
     entry: Entry
     build: Build | None
     back: Sequence[Mapping[str, Any]] = ()
+    probes: Probes | None = None
 
     @property
     def name(self) -> str:
@@ -50,23 +55,32 @@ class Recommendation:
     def callbacks(self, module: Any = None) -> list[Callback]:
         """New callbacks for a Trainer: the factor on the learning rates first, then the candidate's.
 
-        An entry that was walked back has a :class:`~kappa_lightning.WalkBack` behind them, which takes the probes of
-        the Trainer's ``ForgettingEval``.
+        An entry that was walked back has a :class:`~kappa_lightning.WalkBack` behind them, with a copy of the pilot's
+        probes; where they are a function and no module is given, or the result was read from a file, with those of the
+        ``ForgettingEval`` that your Trainer must then have.
 
         Args:
-            module: what is to be trained; only a candidate that is a function of the user's needs it.
+            module: what is to be trained; only a candidate that is a function of the user's, and probes that are one,
+                need it.
 
         Raises:
             ValueError: if the candidate is a function of the user's, and there is no module, or the result was read
                 from a file.
         """
         if self.entry.init is not None:
-            return [make_callback(spec) for spec in self.entry.init]
+            return [self._with_probes(make_callback(spec), module) for spec in self.entry.init]
         if self.build is None:
             raise ValueError(f"{self.name!r} is a function of yours, which a file does not hold: call it yourself")
         if module is None:
             raise ValueError(f"{self.name!r} is a function of yours, which looks at a module: callbacks(module)")
-        return [RateFactor(self.entry.factor), *self.build(module), *map(make_callback, self.back)]
+        back = [self._with_probes(make_callback(spec), module) for spec in self.back]
+        return [RateFactor(self.entry.factor), *self.build(module), *back]
+
+    def _with_probes(self, callback: Callback, module: Any) -> Callback:
+        given = self.probes
+        if isinstance(callback, WalkBack) and given is not None and (isinstance(given, Mapping) or module is not None):
+            callback.probes = copy.deepcopy(dict(probes_of(given, module)))
+        return callback
 
     def yaml(self) -> str:
         """The callbacks as the ``trainer.callbacks`` of a LightningCLI configuration."""
@@ -89,6 +103,8 @@ class PilotResult:
         unfinished: the stages that the time did not suffice for.
         paths: the (loss, retention) paths that the picture shows, by entry and run.
         settings: what the pilot was asked.
+        builds: by candidate what makes its callbacks; empty if the result was read from a file.
+        probes: as the pilot was given them; ``None`` if the result was read from a file.
     """
 
     entries: Sequence[Entry]
@@ -102,6 +118,7 @@ class PilotResult:
     paths: Mapping[str, Sequence[Sequence[Point]]]
     settings: Mapping[str, Any]
     builds: Mapping[str, Build] = field(default_factory=dict, repr=False, compare=False)
+    probes: Probes | None = field(default=None, repr=False, compare=False)
 
     @property
     def table(self) -> str:
@@ -147,7 +164,8 @@ class PilotResult:
             raise ValueError(self.answer)
         entry = self.chosen[0]
         back = walk_back_of(self.settings["monitor"], self.level, self.settings["always_train"])
-        return Recommendation(entry, self.builds.get(entry.name), [back.to_dict()] if entry.walked else [])
+        again = [back.to_dict()] if entry.walked else []
+        return Recommendation(entry, self.builds.get(entry.name), again, self.probes)
 
     def figure(self) -> Figure:
         """Loss against retention, a line for each run, and the front."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kappa_lightning.pilot.adaptation import factor_of, lowest_loss
+from kappa_lightning.pilot.adaptation import factor_of, lowest_loss, next_step
 from kappa_lightning.pilot.candidates import CallbackSpec
 from kappa_lightning.pilot.entry import Entry, Readings, summary
 from kappa_lightning.pilot.race import Course, judge
@@ -42,8 +42,6 @@ def entries_of(
     entries = []
     for name in names:
         runs = _runs_of(course, name)
-        if not runs:
-            continue
         for walked in (False, True):
             if (name, walked) in readings:
                 stage, seen = "confirmed", readings[name, walked]
@@ -54,7 +52,7 @@ def entries_of(
             elif walked or name in course.confirmed:
                 continue
             else:
-                stage, seen = "not arrived", {}
+                stage, seen = _without_a_rate(course, name), {}
             retention, nats, probes, position = summary(seen)
             if walked and not retention.count:
                 continue
@@ -74,18 +72,19 @@ def entries_of(
                     probes=probes,
                     factor=math.nan if step is None else factor_of(_median_step(course, name, step)),
                     share=position if walked else 1.0,
-                    trainable=runs[0].trainable,
-                    seconds=sum(run.seconds for run in runs) / len(runs),
-                    lowest_loss=min(lowest_loss(run.path) for run in runs),
+                    trainable=runs[0].trainable if runs else 0,
+                    seconds=sum(run.seconds for run in runs) / len(runs) if runs else math.nan,
+                    lowest_loss=min((lowest_loss(run.path) for run in runs), default=math.nan),
                     p=math.nan if verdict is None else verdict.p,
                     in_set=verdict is not None and verdict.in_set,
                     near=verdict is not None and verdict.near,
                     keeps=retention.count > 0 and retention.mean >= min_retention,
                     searched=_searched(course, name, walked),
+                    error=_words(course.failed.get(name)),
                     init=_with_factor(inits[name], course, name, back if walked else None),
                 )
             )
-    order = {"confirmed": 0, "raced": 1, "searched": 2, "not arrived": 3}
+    order = {"confirmed": 0, "raced": 1, "searched": 2, "not arrived": 3, "cut off": 4, "failed": 5}
     return tuple(
         sorted(
             entries,
@@ -96,6 +95,17 @@ def entries_of(
             ),
         )
     )
+
+
+def _without_a_rate(course: Course, name: str) -> str:
+    if name in course.failed:
+        return "failed"
+    tried = {step: lowest_loss(run.path) for step, run in course.searches.get(name, {}).items()}
+    return "not arrived" if next_step(tried, course.level) is None else "cut off"
+
+
+def _words(error: Exception | None) -> str:
+    return "" if error is None else f"{type(error).__name__}: {error}"
 
 
 def _searched(course: Course, name: str, walked: bool) -> float:

@@ -129,11 +129,11 @@ def pilot(
     with random_numbers_restored(), environment_restored(*SEEDS), tempfile.TemporaryDirectory() as temporary:
         pl.seed_everything(seed, workers=True, verbose=False)
         module = made_by(make_module, seed, pl.LightningModule, "make_module")
-        if isinstance(probes, Mapping):
-            probes_of(probes, module)
+        kept = probes_of(probes, module)
+        data = made_by(make_data, seed, (pl.LightningDataModule, tuple, list), "make_data")
         inits = {one.name: _init(one, module) for one in by_name.values()}
-        settings = settings_of(setup, module)
-        del module
+        settings = settings_of(setup, module, data, kept)
+        del module, data, kept
         journal = Journal(temporary if folder is None else folder, settings)
         journal.require(inits)
         say = Progress(progress, len(found), rules, hours, workers)
@@ -155,6 +155,7 @@ def pilot(
         paths=paths_of(course),
         settings={**settings, "target": target, "seed": seed},
         builds={one.name: one.build for one in by_name.values()},
+        probes=probes,
     )
     say.end(result)
     return result

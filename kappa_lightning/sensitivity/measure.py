@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from kappa_lightning.probes.resolving import resolve_reference
 from kappa_lightning.probes.synthesized import SynthesizedInputs
 from kappa_lightning.processes import Processes
 from kappa_lightning.restoring import modes_restored
+from kappa_lightning.sensitivity.exact import exact_passes
 from kappa_lightning.sensitivity.fisher import sensitivities
 from kappa_lightning.sensitivity.gradients import differentiating
 from kappa_lightning.sensitivity.interactions import Matrix, interactions
@@ -131,8 +133,7 @@ class Measurement:
             TypeError: if what the model says cannot be told, or not as a point.
             ValueError: if there is no batch, a loss is no finite scalar, or the optimizers' rates are too high.
         """
-        if not self.batches:
-            raise ValueError("the train dataloader gave no batch: there is no task to measure a signal of")
+        self._require_batches_and_digits("path")
         asked = resolve_reference(self.reference, self.module)
         asked.require(self.batches)
         with differentiating(self.module, self.weights, self.alongside):
@@ -153,7 +154,7 @@ class Measurement:
                 self.settle()
                 passes = self._share(len(prepared)) * (1 + len(self.weights))
                 with self.watch("Sensitivity", passes) as tick, torch.no_grad():
-                    outputs = self._outputs(asked, prepared, tick)
+                    outputs = self._outputs(asked, prepared, tick, exact=True)
                     matrix, rows = interactions(
                         self.weights, moved, outputs, processes=self.processes, settle=self.settle
                     )
@@ -176,8 +177,7 @@ class Measurement:
             TypeError: if what the model says cannot be told.
             ValueError: if there is no batch, a loss is no finite scalar, or the optimizers' rates are too high.
         """
-        if not self.batches:
-            raise ValueError("the train dataloader gave no batch: there is no task to try")
+        self._require_batches_and_digits("trial")
         asked = resolve_reference(self.reference, self.module)
         asked.require(self.batches)
         with differentiating(self.module, self.weights, self.alongside):
@@ -207,23 +207,42 @@ class Measurement:
         settings = SensitivitySettings("adam", "trial", str(asked), len(self.batches), rows, self.seed)
         return self._rows(signal, sensitivity), settings
 
+    def _require_batches_and_digits(self, method: str) -> None:
+        if not self.batches:
+            raise ValueError("the train dataloader gave no batch: there is no task to measure a signal of")
+        rounded = [weight for weight in self.weights if weight.dtype in (torch.float16, torch.bfloat16)]
+        if rounded and self.processes.is_global_zero:
+            warnings.warn(
+                f"{rounded[0].name} is stored as {str(rounded[0].dtype).removeprefix('torch.')}, in which a few steps "
+                f'of training are mostly rounding: with method="{method}" keep the weights in float32 (precision '
+                'bf16-mixed in place of bf16-true), or use method="gradient"',
+                stacklevel=3,
+            )
+
     def _share(self, total: int) -> int:
         return math.ceil(total / self.processes.world_size)
 
     def _numbers(self, total: int) -> range:
         return range(self.processes.rank, total, self.processes.world_size)
 
-    def _step(self, number: int, tick: Tick | None) -> Callable[[], Tensor]:
+    def _step(self, number: int, tick: Tick | None, exact: bool = False) -> Callable[[], Tensor]:
         def step() -> Tensor:
             # Dropout draws the same whichever process has the batch.
             torch.manual_seed(self.seed * 1_000_003 + number)
-            with self.precision():
+            with self._pass(exact):
                 loss = self.loss(self.module, self._placed(self.batches[number % len(self.batches)], self.place))
             if tick is not None:
                 tick(1)
             return loss
 
         return step
+
+    @contextmanager
+    def _pass(self, exact: bool) -> Iterator[None]:
+        """A forward pass in the user's precision, or in full where it is taken for its difference from another."""
+        device = next(self.module.parameters()).device
+        with self.precision(), exact_passes(device) if exact else nullcontext():
+            yield
 
     def _prepare(self, asked: ReferenceInputs) -> Any:
         steps = steps_of(asked, len(self.batches))
@@ -232,13 +251,15 @@ class Measurement:
             task = (self._placed(batch, self.place) for batch in self.batches)
             return asked.prepare(self.module, task, watch=tick)
 
-    def _outputs(self, asked: ReferenceInputs, prepared: Any, tick: Tick) -> Iterator[tuple[int, Callable[[], Any]]]:
+    def _outputs(
+        self, asked: ReferenceInputs, prepared: Any, tick: Tick, exact: bool = False
+    ) -> Iterator[tuple[int, Callable[[], Any]]]:
         numbered = enumerate(prepared)
         for number, batch in islice(numbered, self.processes.rank, None, self.processes.world_size):
 
             def output(batch: Any = batch) -> Any:
                 tick(1)
-                with self.precision():
+                with self._pass(exact):
                     return asked.distribution(self.module, self._placed(batch, self.place_reference))
 
             yield number, output
@@ -246,7 +267,7 @@ class Measurement:
     def _said(self, asked: ReferenceInputs, prepared: Sequence[Any]) -> Iterator[Any]:
         with torch.no_grad():
             for batch in prepared:
-                with self.precision():
+                with self._pass(exact=True):
                     said = asked.distribution(self.module, self._placed(batch, self.place_reference))
                 yield said
 
@@ -259,7 +280,7 @@ class Measurement:
 
     def _mean_loss(self) -> float:
         with torch.no_grad():
-            losses = [float(self._step(number, None)()) for number in range(len(self.batches))]
+            losses = [float(self._step(number, None, exact=True)()) for number in range(len(self.batches))]
         return math.fsum(losses) / len(losses)
 
     def _placed(self, batch: Any, place: Callable[[Any], Any] | None) -> Any:

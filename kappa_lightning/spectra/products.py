@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
+# By name, since torch's stubs do not know all of them.
+_BACKENDS: tuple[Any, ...] = tuple(
+    getattr(backend, operation)
+    for backend, operation in (
+        (torch.backends.cuda, "matmul"),
+        (torch.backends.cudnn, "conv"),
+        (torch.backends.mkldnn, "matmul"),
+        (torch.backends.mkldnn, "conv"),
+    )
+)
 
 Operator = Callable[[Tensor], Tensor]
 """Applies a matrix of order n to vectors as rows: (count, few, n) to the same shape."""
@@ -44,7 +53,7 @@ def gram_product(block: Tensor, parts: Iterable[Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def full_precision_products(dtype: torch.dtype) -> Iterator[None]:
-    """Keep float32 products from being rounded to TF32 or bfloat16, whatever the process has asked for elsewhere.
+    """Keep float32 products and convolutions from being rounded, whatever the process has asked for elsewhere.
 
     The settings are those of the whole process, through PyTorch's newer interface, which knows what the older one
     (``set_float32_matmul_precision``) has set, but not the other way round.

@@ -239,6 +239,30 @@ def test_function_that_was_walked_back_is_walked_back_by_what_is_recommended():
     assert "RateFactor(2), and before a WalkBack" in best.yaml()
 
 
+def test_walking_back_takes_the_pilots_probes_where_it_has_them():
+    plain = [{"class_path": "kappa_lightning.WalkBack", "init_args": {"monitor": "val/loss", "monitor_limit": 1.25}}]
+    probes = number_probe(Plain())
+    walked = replace(result_of(entry(init=plain)), probes=probes).best.callbacks()[-1]
+    assert walked.probes.keys() == probes.keys()
+    assert walked.probes["old"] is not probes["old"]
+    asked = replace(result_of(entry(init=plain)), probes=number_probe).best
+    assert asked.callbacks()[-1].probes is None
+    assert asked.callbacks(Plain())[-1].probes.keys() == probes.keys()
+
+
+@pytest.mark.slow
+def test_candidate_that_the_module_cannot_use_is_shown_with_its_error_and_the_others_go_on(tmp_path):
+    result = ask(Manual(), candidates=["full", "sensitivity 0.5", "last_layers 0.9"], confirm_seeds=1)
+    failed = next(entry for entry in result.entries if entry.error)
+    assert (failed.name, failed.stage) == ("sensitivity 0.5", "failed")
+    assert "adaptation_loss" in failed.error
+    assert f"sensitivity 0.5 failed: {failed.error}" in result.markdown
+    result.save(tmp_path / "pilot.toml")
+    assert PilotResult.load(tmp_path / "pilot.toml").table == result.table
+    with pytest.raises(ValueError, match="adaptation_loss"):
+        ask(Manual(), candidates=["sensitivity 0.5"], confirm_seeds=1)
+
+
 def test_answer_says_no_more_than_was_found():
     alone = result_of(entry()).answer
     assert "no other one was confirmed" in alone

@@ -3,11 +3,14 @@ import math
 import pytest
 
 from kappa_lightning.pilot.adaptation import Point, Reading
+from kappa_lightning.pilot.candidates import walk_back_of
 from kappa_lightning.pilot.executor import OutOfTimeError
 from kappa_lightning.pilot.race import Rules, dominated, judge, race
+from kappa_lightning.pilot.rows import entries_of
 from kappa_lightning.pilot.search import Outcome
 from kappa_lightning.pilot.trial import Run, Spec
 
+BACK = walk_back_of("val/loss", 1.0, ())
 RULES = Rules(target=0.8, level=None, seed=0, race_seeds=2, confirm_seeds=4, finalists=2)
 
 
@@ -17,6 +20,7 @@ class Model:
     def __init__(self, seconds=1.0, limit=None, workers=1):
         self.seconds, self.limit, self.workers = seconds, limit, workers
         self.specs = []
+        self.broken = {}
         # What is kept at the level, and the slowest step that arrives there.
         self.kept = {"full": (0.8, 0), "good": (0.95, 3), "close": (0.94, 1), "bad": (0.4, -3), "never": (0.9, 99)}
 
@@ -32,6 +36,11 @@ class Model:
             self.specs.append(spec)
             runs.append(self.run(spec))
         return runs
+
+    def attempt(self, specs):
+        fine = [spec for spec in specs if spec.candidate not in self.broken]
+        failed = {spec.candidate: self.broken[spec.candidate] for spec in specs if spec.candidate in self.broken}
+        return self(fine), failed
 
     def run(self, spec):
         kept, slowest = self.kept[spec.candidate]
@@ -78,6 +87,32 @@ def test_too_little_time_is_too_little_for_all_and_is_said():
     assert sorted(first) == ["bad", "close", "good"]
     with pytest.raises(OutOfTimeError):
         race(Model(limit=2.0), ["full", "good"], RULES)
+
+
+def test_candidate_that_cannot_run_is_left_out_and_its_error_is_kept():
+    model = Model()
+    model.broken["close"] = ValueError("no such tensor")
+    names = ["full", "good", "close", "bad"]
+    course = race(model, names, RULES)
+    assert course.failed == model.broken
+    assert course.rates["close"] is None
+    assert set(course.confirmed) == {"good", "full"}
+    rows = entries_of(course, names, dict.fromkeys(names), 0.9, 0.0, BACK)
+    assert (rows[-1].name, rows[-1].stage, rows[-1].error) == ("close", "failed", "ValueError: no such tensor")
+    model.broken = dict.fromkeys(("full", "good"), ValueError("all of them"))
+    with pytest.raises(ValueError, match="all of them"):
+        race(model, ["full", "good"], Rules(0.8, 1.6, 0, 1, 2, 2))
+
+
+def test_search_without_time_is_told_from_one_that_arrives_nowhere():
+    names = ["full", "good", "never"]
+    course = race(Model(limit=24.0), names, RULES)
+    assert course.unfinished
+    stages = {e.name: e.stage for e in entries_of(course, names, dict.fromkeys(names), 0.9, 0.0, BACK)}
+    assert stages["never"] == "cut off"
+    whole = race(Model(), names, RULES)
+    stages = {e.name: e.stage for e in entries_of(whole, names, dict.fromkeys(names), 0.9, 0.0, BACK)}
+    assert stages["never"] == "not arrived"
 
 
 def test_level_that_nobody_reaches_is_an_error_that_names_the_nearest():

@@ -231,16 +231,30 @@ def test_error_of_a_run_names_the_candidate_and_the_probe():
     assert caught.value.__notes__ == ["in a run of the candidate 'mine'"]
 
 
+def asked(module, data=None, probes=None, **options):
+    return settings_of(setup_of(Plain(), **options), module, data or number_loaders(), probes or number_probe(module))
+
+
+def test_settings_know_hyperparameters_data_and_probes():
+    changed = Plain()
+    changed.lr = 0.5
+    small = DataLoader(TensorDataset(torch.zeros(9, 8), torch.zeros(9).long()), 8)
+    assert asked(Plain()) == asked(Plain())
+    assert asked(changed)["hyperparameters"] != asked(Plain())["hyperparameters"]
+    assert asked(Plain(), data=(small, small))["data"] != asked(Plain())["data"]
+    assert asked(Plain(), probes={"old": AccuracyProbe(small)})["probes"] != asked(Plain())["probes"]
+
+
 def test_settings_of_equal_callbacks_are_equal_and_of_others_differ():
     def told(patience):
         callbacks = [EarlyStopping("val/loss", patience=patience)]
-        return settings_of(setup_of(Plain(), trainer={"callbacks": callbacks, "precision": 32}), Plain())
+        return asked(Plain(), trainer={"callbacks": callbacks, "precision": 32})
 
     assert told(2) == told(2)
     assert told(2) != told(3)
     changed = Plain()
     changed.body.bias.data[0] += 1e-3
-    assert settings_of(setup_of(Plain()), changed)["weights"] != settings_of(setup_of(Plain()), Plain())["weights"]
+    assert asked(changed)["weights"] != asked(Plain())["weights"]
 
 
 def test_journal_refuses_another_candidate_of_the_same_name(tmp_path):

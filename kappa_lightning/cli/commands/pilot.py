@@ -37,8 +37,11 @@ _OPTIONS = ("candidates", "steps", "hours", "monitor", "target", "min_retention"
 def _run(args: Namespace) -> int:
     from kappa_lightning.pilot import OutOfTimeError, pilot
     from kappa_lightning.pilot.configured import Configured
+    from kappa_lightning.pilot.journal import Journal
 
     configured = Configured(args.config)
+    # Which refuses to go on with runs of another configuration.
+    Journal(args.out / "runs" / "configuration", configured.settings())
     options = {**configured.options}
     options |= {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
     try:
