@@ -61,7 +61,7 @@ _ALONG = re.compile(r"sensitivity\s+(?P<budget>0?\.\d+)\s+along")
 
 _ON_SENTENCES = re.compile(r"sensitivity\s+(?P<budget>0?\.\d+)\s+on\s+sentences")
 
-ALONG_TEXTS, ALONG_TOKENS = 8, 64
+ALONG_TEXTS, ALONG_TOKENS = 4, 64
 """Of the text that a language model is asked about along its first steps, once for each of its tensors."""
 
 SENTENCES = 14

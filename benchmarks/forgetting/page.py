@@ -44,6 +44,7 @@ def page_of(protocol: Protocol, found: Comparison, name: str) -> str:
         "",
         *kept_lines(protocol, found),
         "",
+        *probe_lines(found),
     ]
     for title, pairs in (("Primary contrasts", protocol.primary), ("Secondary contrasts", protocol.secondary)):
         parts += contrast_lines(title, pairs, protocol, found)
@@ -124,6 +125,27 @@ def kept_lines(protocol: Protocol, found: Comparison) -> list[str]:
     return [*lines, *(row for _, _, row in sorted(rows))]
 
 
+def probe_lines(found: Comparison) -> list[str]:
+    """The table of what each method loses of each probe, which a mean over them hides; nothing for a single probe."""
+    runs = [outcome.run for outcomes in found.outcomes.values() for outcome in outcomes.values()]
+    names = sorted({name for run in runs for name in run.metrics})
+    if len(names) < 2:
+        return []
+    lines = [
+        "Nats lost of each probe, −ln of what is kept of it, where the loss comes down to the level; below 0 is a gain",
+        "",
+        f"| method | {' | '.join(names)} |",
+        f"|---|{'---:|' * len(names)}",
+    ]
+    for method in found.outcomes:
+        cells = []
+        for name in names:
+            known = _known(values_of(found, method, lambda reading, name=name: reading.retention[name]))  # type: ignore[misc]
+            cells.append(_shown(t_interval([-math.log(value) for value in known])))
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def contrast_lines(title: str, pairs: Sequence[tuple[str, str]], protocol: Protocol, found: Comparison) -> list[str]:
     """The table of some contrasts, which are one family."""
     if not pairs:
@@ -134,12 +156,13 @@ def contrast_lines(title: str, pairs: Sequence[tuple[str, str]], protocol: Proto
         for label, (one, other) in names.items()
     }
     adjusted = holm({k: c.p_exact for k, c in compared.items()}, {k: c.smallest_p for k, c in compared.items()})
+    adjusted_t = holm({label: c.p_t for label, c in compared.items()})
     lines = [
-        f"{title}: differences over paired seeds; p by exact sign flips, and Holm's adjustment over those of the "
-        f"{len(pairs)} that can reach significance with their number of seeds",
+        f"{title}: differences over paired seeds; p by Student's t and by exact sign flips, each behind it adjusted "
+        f"after Holm over the {len(pairs)} (the exact ones over those that can reach significance with their seeds)",
         "",
-        "| contrast | seeds | retention | nats lost | p (t) | p (exact) | adjusted |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| contrast | seeds | retention | nats lost | p (t) | adjusted | p (exact) | adjusted |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for label, (one, other) in names.items():
         found_here = compared[label]
@@ -148,7 +171,7 @@ def contrast_lines(title: str, pairs: Sequence[tuple[str, str]], protocol: Proto
         difference = _shown(found_here.difference, sign=True)
         lines.append(
             f"| {label} | {_seeds(found_here)} | {difference} | {_shown(nats, sign=True)} | "
-            f"{_p(found_here.p_t)} | {_p(found_here.p_exact)} | {_p(adjusted[label])} |"
+            f"{_p(found_here.p_t)} | {_p(adjusted_t[label])} | {_p(found_here.p_exact)} | {_p(adjusted[label])} |"
         )
     return [*lines, ""]
 
@@ -210,4 +233,4 @@ def _shown(interval: Interval, *, sign: bool = False) -> str:
 
 
 def _p(p: float) -> str:
-    return "–" if math.isnan(p) else f"{p:.3f}"
+    return "–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
