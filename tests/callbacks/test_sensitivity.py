@@ -213,6 +213,27 @@ def test_mixed_precision_measures_in_that_precision(tmp_path):
         assert row.signal == pytest.approx(expected[row.name].signal, rel=0.05)
 
 
+@pytest.mark.parametrize("method", ["path", "trial"])
+def test_passes_that_are_compared_are_in_full_precision(tmp_path, method):
+    seen = {True: set(), False: set()}
+    module = TinyNet()
+    module.head.register_forward_hook(lambda layer, inputs, output: seen[module.training].add(output.dtype))
+    callback = SensitivityFreezeCallback(num_tensors=1, method=method)
+    fit(tmp_path, module, callback, precision="bf16-mixed", limit_val_batches=0, limit_train_batches=1, max_epochs=1)
+    # Steps of training are in the user's precision, differences between passes are not.
+    assert torch.bfloat16 in seen[True]
+    assert seen[False] == {torch.float32}
+    exact = SensitivityFreezeCallback(num_tensors=1, method=method)
+    fit(tmp_path, TinyNet(), exact, limit_val_batches=0, limit_train_batches=1, max_epochs=1)
+    for row in callback.profile:
+        assert row.sensitivity == pytest.approx(exact.profile[row.name].sensitivity, rel=0.1)
+
+
+def test_weights_in_half_precision_are_warned_of_where_a_movement_is_measured(tmp_path):
+    with pytest.warns(UserWarning, match="is stored as bfloat16"):
+        fit(tmp_path, TinyNet(), SensitivityFreezeCallback(num_tensors=1, method="path"), precision="bf16-true")
+
+
 class Manual(TinyNet):
     def __init__(self, configure=adamw):
         super().__init__(configure)

@@ -9,6 +9,7 @@ from torch import nn
 
 from kappa_lightning.probes import TaskInputs
 from kappa_lightning.sensitivity import SensitivityProfile
+from kappa_lightning.sensitivity.exact import exact_passes
 
 
 def network():
@@ -205,6 +206,20 @@ def test_scale_of_the_loss_leaves_the_signal():
                 scale=scale,
             )[0]
     assert found[1.0] == pytest.approx(found[1024.0], rel=1e-6)
+
+
+def test_exact_passes_put_the_settings_of_the_process_back():
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with torch.autocast("cpu", torch.bfloat16), exact_passes(torch.device("cpu")):
+            assert not torch.is_autocast_enabled("cpu")
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.backends.cudnn.conv.fp32_precision == before[1]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before[0]
 
 
 def test_path_needs_an_optimizer():
