@@ -33,10 +33,19 @@ class Progress:
         self.count = 0
         self.seconds = 0.0
 
-    def begin(self) -> None:
-        """How many runs there will be."""
+    def begin(self, seconds: float | None) -> None:
+        """How many runs there will be, and how long they will take.
+
+        Args:
+            seconds: of a run, as far as it is known.
+        """
         limit = "" if self.hours is None else f"; at most {self.hours:g} hours, and less is done if they do not suffice"
-        self._say(f"pilot: about {self.expected} runs{limit}. The first one says how long they take")
+        if seconds is None:
+            self._say(f"pilot: about {self.expected} runs{limit}. The first one says how long they take")
+            return
+        minutes = self.expected * seconds / self.workers / 60
+        whole = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+        self._say(f"pilot: about {self.expected} runs of some {seconds:.0f} s, {whole} in all{limit}")
 
     def run(self, run: Run, known: bool) -> None:
         """A run is there, or had been done before."""

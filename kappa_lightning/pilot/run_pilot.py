@@ -11,11 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 
 from kappa_lightning.pilot.candidates import Build, Candidate, candidate, candidates_of, walk_back_of
-from kappa_lightning.pilot.executor import Executor
+from kappa_lightning.pilot.executor import CONTAINED, Executor
 from kappa_lightning.pilot.given import made_by, probes_of
 from kappa_lightning.pilot.journal import Journal
 from kappa_lightning.pilot.progress import Progress
 from kappa_lightning.pilot.race import Rules, race
+from kappa_lightning.pilot.rehearsal import seconds_of_a_run
 from kappa_lightning.pilot.result import PilotResult
 from kappa_lightning.pilot.rows import entries_of, paths_of
 from kappa_lightning.pilot.settings import settings_of
@@ -137,7 +138,7 @@ def pilot(
         journal = Journal(temporary if folder is None else folder, settings)
         journal.require(inits)
         say = Progress(progress, len(found), rules, hours, workers)
-        say.begin()
+        say.begin(_seconds_of_a_run(setup, found[0], journal, seed) if progress else None)
         with Executor(
             setup, by_name, journal, limit=None if hours is None else hours * 3600, workers=workers, report=say.run
         ) as execute:
@@ -159,6 +160,17 @@ def pilot(
     )
     say.end(result)
     return result
+
+
+def _seconds_of_a_run(setup: Setup, first: Candidate, journal: Journal, seed: int) -> float | None:
+    """What a run takes, from those that are done or from a rehearsal; ``None`` if the first candidate fails."""
+    done = [run.seconds for run in journal.runs()]
+    if done:
+        return sum(done) / len(done)
+    try:
+        return seconds_of_a_run(setup, first, seed)
+    except CONTAINED:
+        return None  # the runs will say what is wrong, and whether it is the candidate's fault
 
 
 def _init(one: Candidate, module: pl.LightningModule) -> list[dict[str, Any]] | None:
