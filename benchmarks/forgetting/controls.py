@@ -14,8 +14,9 @@
                                   sequences of at most 48 tokens at every step, of 24 that the model wrote itself; the
                                   small LLaVA, whose texts have about eight tokens, on 16 of 960
 ``… + longer anchor 10``          the same with sequences of 96 tokens
-``sensitivity … along``           of a language model: the signal along first steps of training, and what all pairs of
-                                  tensors change together in what the model says of a little text of its own
+``sensitivity … along``           ``sensitivity:path …``: of a language model the signal along first steps of training,
+                                  and what all pairs of tensors change together in what it says of a little text of its
+                                  own
 ``sensitivity … on sentences``    by signal over sensitivity with unlabeled sentences as the reference; of the task
                                   that has sentence pairs, those that are not evaluated
 ================================  ======================================================================================
@@ -30,6 +31,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import torch
@@ -43,7 +45,6 @@ from benchmarks.forgetting.task import Task
 from kappa_lightning import KappaProfile, PretrainedAnchor, SensitivityFreezeCallback
 from kappa_lightning.pilot.candidates import Candidate, candidate
 from kappa_lightning.pilot.train_only import TrainOnly
-from kappa_lightning.probes import GeneratedText
 from kappa_lightning.profile import KappaRow
 from kappa_lightning.selection import CRITERIA, rank
 from kappa_lightning.weights import find_weights
@@ -60,9 +61,6 @@ _ANCHORED = re.compile(r"(?P<base>.+?)\s*\+\s*(?P<kind>light|longer) anchor\s+(?
 _ALONG = re.compile(r"sensitivity\s+(?P<budget>0?\.\d+)\s+along")
 
 _ON_SENTENCES = re.compile(r"sensitivity\s+(?P<budget>0?\.\d+)\s+on\s+sentences")
-
-ALONG_TEXTS, ALONG_TOKENS = 4, 64
-"""Of the text that a language model is asked about along its first steps, once for each of its tensors."""
 
 SENTENCES = 14
 """Sentences in a batch of the reference, which the model says to be like each other or not."""
@@ -95,22 +93,8 @@ def method(name: str, task: Task, seed: int, exclude: Sequence[str] = ()) -> Can
 
         return Candidate(name, anchored)
     if found := _ALONG.fullmatch(name):
-        share = float(found["budget"])
-
-        def along(module: pl.LightningModule) -> list[Callback]:
-            own_text = GeneratedText(ALONG_TEXTS, ALONG_TOKENS)
-            return [
-                SensitivityFreezeCallback(
-                    max_params=share,
-                    reference=own_text,
-                    method="path",
-                    exclude=exclude,
-                    always_train=task.new,
-                    seed=seed,
-                )
-            ]
-
-        return Candidate(name, along)
+        same = candidate(f"sensitivity:path {found['budget']}", always_train=task.new, exclude=exclude, seed=seed)
+        return replace(same, name=name)
     if found := _ON_SENTENCES.fullmatch(name):
         if not isinstance(task, TwoDigitScenes):
             raise ValueError(f"{name!r} needs a task with sentence pairs: use it with scenes")

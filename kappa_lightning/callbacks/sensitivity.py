@@ -70,8 +70,10 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             step of training for each batch, on weights that are put back afterwards, and the sensitivity is measured
             along what these steps moved, of all pairs of tensors, too; ``"trial"``: all candidates train
             for ``2 · batches`` steps, each one's movement is taken back in turn, and the loss and the divergence are
-            measured by forward passes alone. ``"auto"`` is ``"gradient"`` for what generates its text and ``"path"``
-            for all others, which may be confidently wrong at the start.
+            measured by forward passes alone. ``"auto"`` is ``"gradient"`` for what generates its text, since a path
+            takes the memory of full fine-tuning, and ``"path"`` for all others, which may be confidently wrong at the
+            start. Where there is the memory, ``"path"`` can choose far better for a language model (docs/evidence.md):
+            it then reads four texts of 64 tokens once for each tensor.
         batches: how many batches of the new task are used.
         rates: let all candidates (or those within the budget) train, each at its own learning rate ∝ b/c, in place of
             freezing the others.
@@ -300,6 +302,11 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
         lockstep = adapter.share(trainer).lockstep
         with processes.failing_together():
             reference = resolve_reference(self.reference, module)
+            method = self.method
+            if method == "auto":
+                method = "gradient" if isinstance(reference, GeneratedText) else "path"
+            if method != "gradient":
+                reference = resolve_reference(self.reference, module, few=True)
         batches = train_batches(trainer, self.batches, self.seed, processes)
         half = trainer.precision_plugin.precision in ("16-mixed", "16-true")
         measurement = Measurement(
@@ -319,9 +326,9 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             loss_scale=1024.0 if half else 1.0,
         )
         with silenced(trainer, module), adapter.evaluating(module):
-            if self.method == "trial":
+            if method == "trial":
                 return SensitivityProfile(*measurement.by_trial(trainer.optimizers, 2 * self.batches))
-            if self.method == "path" or (self.method == "auto" and not isinstance(reference, GeneratedText)):
+            if method == "path":
                 return SensitivityProfile(*measurement.by_path(trainer.optimizers))
             return SensitivityProfile(*measurement.by_gradients(self._optimizer(trainer, candidates), self.draws))
 

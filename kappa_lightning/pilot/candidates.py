@@ -7,6 +7,8 @@
                                ``random``, ``excess_kappa``, ``reversed:kappa``, … (``kappa_lightning.selection``)
 ``sensitivity``                what learns most for what it changes; the budget comes out of it, or is given as above
 ``sensitivity rates``          everything trains, each tensor at a rate of its own
+``sensitivity:path 0.25``      the same choice along first steps of training, of all pairs of tensors, which is what
+                               ``sensitivity`` is for all but language models
 ``@gate_up``                   all matrices of a group; several groups or globs are joined with a comma
 ``last_layers 0.25``           the last matrices of the model within a budget
 ``lora r16``                   LoRA on every linear layer; ``a32`` sets α (twice the rank by default)
@@ -212,8 +214,9 @@ def _base(base: str, name: str, always_train: tuple[str, ...], exclude: tuple[st
         return lambda module: [CallbackSpec(SensitivityFreezeCallback, {"rates": True, **common})]
     found = _BUDGET.fullmatch(base)
     what, budget = (found["what"], _number(found["budget"])) if found else (base, None)
-    if what == "sensitivity":
-        limit = {} if budget is None else {"max_params": budget}
+    if what in ("sensitivity", "sensitivity:path"):
+        limit: dict[str, Any] = {} if budget is None else {"max_params": budget}
+        limit |= {"method": "path"} if what.endswith(":path") else {}
         return lambda module: [CallbackSpec(SensitivityFreezeCallback, {**limit, **common})]
     if not _known(what):
         raise ValueError(_unknown(name))

@@ -14,7 +14,11 @@ WORDS = ("generated", "synthesized", "inputs", "auto")
 """What ``reference=`` may be in words."""
 
 
-def resolve_reference(reference: Any, module: nn.Module) -> ReferenceInputs:
+FEW = GeneratedText(num_sequences=4, num_tokens=64)
+"""Text enough where the model reads all of it once for each tensor."""
+
+
+def resolve_reference(reference: Any, module: nn.Module, *, few: bool = False) -> ReferenceInputs:
     """What a user means by ``reference=``.
 
     Args:
@@ -22,6 +26,7 @@ def resolve_reference(reference: Any, module: nn.Module) -> ReferenceInputs:
             if the model can write; otherwise inputs that it synthesizes, if it is a classifier of floating-point
             inputs; otherwise the new task's inputs.
         module: the pretrained model.
+        few: whether a word for generated text means :data:`FEW`.
 
     Raises:
         TypeError: if it is none of these.
@@ -34,17 +39,21 @@ def resolve_reference(reference: Any, module: nn.Module) -> ReferenceInputs:
     if isinstance(reference, ReferenceInputs):
         return reference
     if reference == "auto":
-        return GeneratedText() if writes(language_model(module)) else SynthesizedInputs(required=False)
+        return _text(few) if writes(language_model(module)) else SynthesizedInputs(required=False)
     if reference == "synthesized":
         return SynthesizedInputs()
     if reference == "inputs":
         return TaskInputs()
     if reference == "generated":
         require_language_model(module)
-        return GeneratedText()
+        return _text(few)
     if isinstance(reference, str):
         raise ValueError(
             f"reference={reference!r} is unknown: use one of {', '.join(map(repr, WORDS))}, a dataloader or "
             "ReferenceInputs"
         )
     return ReferenceInputs(reference)
+
+
+def _text(few: bool) -> GeneratedText:
+    return FEW if few else GeneratedText()

@@ -134,7 +134,7 @@ class Measurement:
             ValueError: if there is no batch, a loss is no finite scalar, or the optimizers' rates are too high.
         """
         self._require_batches_and_digits("path")
-        asked = resolve_reference(self.reference, self.module)
+        asked = resolve_reference(self.reference, self.module, few=True)
         asked.require(self.batches)
         with differentiating(self.module, self.weights, self.alongside):
             # Every process takes all steps, each of which needs the one before.
@@ -178,7 +178,7 @@ class Measurement:
             ValueError: if there is no batch, a loss is no finite scalar, or the optimizers' rates are too high.
         """
         self._require_batches_and_digits("trial")
-        asked = resolve_reference(self.reference, self.module)
+        asked = resolve_reference(self.reference, self.module, few=True)
         asked.require(self.batches)
         with differentiating(self.module, self.weights, self.alongside):
             with modes_restored(self.module):

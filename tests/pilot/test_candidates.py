@@ -64,6 +64,7 @@ def test_criterion_is_that_of_the_freeze_callback():
 def test_sensitivity_has_its_budget_given_or_of_its_own_and_trains_matrices():
     (given,) = candidate("sensitivity 0.6", always_train=("head.*",), seed=2).build(Plain())
     assert (given.budget.max_params, given.always_train, given.seed) == (0.6, ("head.*",), 2)
+    assert candidate("sensitivity:path 0.6").specs(Plain())[0].init_args["method"] == "path"
     assert candidate("sensitivity rates").specs(Plain())[0].init_args["rates"] is True
     assert moved("sensitivity 0.6") <= MATRICES
     assert moved("sensitivity") <= MATRICES

@@ -241,6 +241,10 @@ def test_encoder_decoder_is_asked_at_its_labels():
 
 def test_auto_is_text_of_the_models_own_where_it_can_write_and_synthesized_inputs_elsewhere():
     assert isinstance(resolve_reference("auto", Language()), GeneratedText)
+    assert resolve_reference("generated", Language()).num_sequences == 64
+    assert resolve_reference("auto", Language(), few=True).num_sequences == 4
+    own = GeneratedText(9)
+    assert resolve_reference(own, Language(), few=True) is own
     assert isinstance(resolve_reference("auto", Classifier()), SynthesizedInputs)
     assert isinstance(resolve_reference("auto", Language(llava())), GeneratedText)
 
