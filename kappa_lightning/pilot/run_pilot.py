@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from kappa_lightning.pilot.candidates import Build, Candidate, candidate, candidates_of, walk_back_of
 from kappa_lightning.pilot.executor import CONTAINED, Executor
@@ -138,7 +139,7 @@ def pilot(
         journal = Journal(temporary if folder is None else folder, settings)
         journal.require(inits)
         say = Progress(progress, len(found), rules, hours, workers)
-        say.begin(_seconds_of_a_run(setup, found[0], journal, seed) if progress else None)
+        say.begin(_seconds_of_a_run(setup, found[0], journal, seed, workers) if progress else None)
         with Executor(
             setup, by_name, journal, limit=None if hours is None else hours * 3600, workers=workers, report=say.run
         ) as execute:
@@ -162,15 +163,19 @@ def pilot(
     return result
 
 
-def _seconds_of_a_run(setup: Setup, first: Candidate, journal: Journal, seed: int) -> float | None:
+def _seconds_of_a_run(setup: Setup, first: Candidate, journal: Journal, seed: int, workers: int) -> float | None:
     """What a run takes, from those that are done or from a rehearsal; ``None`` if the first candidate fails."""
     done = [run.seconds for run in journal.runs()]
     if done:
         return sum(done) / len(done)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))  # as many as each process will have
     try:
         return seconds_of_a_run(setup, first, seed)
     except CONTAINED:
         return None  # the runs will say what is wrong, and whether it is the candidate's fault
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _init(one: Candidate, module: pl.LightningModule) -> list[dict[str, Any]] | None:
