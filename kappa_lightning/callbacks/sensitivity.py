@@ -305,8 +305,6 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             method = self.method
             if method == "auto":
                 method = "gradient" if isinstance(reference, GeneratedText) else "path"
-            if method != "gradient":
-                reference = resolve_reference(self.reference, module, few=True)
         batches = train_batches(trainer, self.batches, self.seed, processes)
         half = trainer.precision_plugin.precision in ("16-mixed", "16-true")
         measurement = Measurement(
@@ -314,7 +312,7 @@ class SensitivityFreezeCallback(FreezeCallback[SensitivityProfile]):
             candidates,
             batches,
             loss_of(trainer),
-            reference,
+            self.reference,
             self.seed,
             place=placing(trainer),
             place_reference=placing_reference(trainer),

@@ -32,9 +32,9 @@ class UnseenSteps:
 
     def saw(self, number: int) -> None:
         """An optimizer's step came with the hooks; what it trains may change from now on."""
-        found = self._versions.pop(number, None)
-        for others in self._versions.values() if found else ():
-            for parameter in found or ():
+        trained = self._versions.pop(number, {})
+        for others in self._versions.values():
+            for parameter in trained:
                 others.pop(parameter, None)
 
     def check(self) -> None:

@@ -106,6 +106,22 @@ class Executor:
             OutOfTimeError: before any of them is made, if they would not fit into the limit.
             BrokenProcessPool: if another process has died.
         """
+        self._make(specs, ())
+        return [self.made[spec] for spec in specs]
+
+    def attempt(self, specs: Sequence[Spec]) -> tuple[list[Run], dict[str, Exception]]:
+        """The runs of those specs that can be made, and by candidate the error of the others.
+
+        A candidate may not suit the module, or not fit into memory, which is no reason to do without the others.
+
+        Raises:
+            OutOfTimeError: as above.
+            BrokenProcessPool: if another process has died.
+        """
+        failed = self._make(specs, CONTAINED)
+        return [self.made[spec] for spec in specs if spec in self.made], failed
+
+    def _make(self, specs: Sequence[Spec], contained: tuple[type[Exception], ...]) -> dict[str, Exception]:
         new = [spec for spec in dict.fromkeys(specs) if spec not in self.made]
         known = {spec: run for spec in new if (run := self.journal.find(spec)) is not None}
         missing = [spec for spec in new if spec not in known]
@@ -122,39 +138,21 @@ class Executor:
             self.report(run, True)
         try:
             if self.workers == 1 or len(missing) < 2:
-                for spec in missing:
-                    self._keep(run_trial(self.setup, spec, self.candidates[spec.candidate]))
-            else:
-                self._share(missing)
+                return self._one_by_one(missing, contained)
+            return self._share(missing, contained)
         finally:
             self._spent += makespan([self.made[spec].seconds for spec in new if spec in self.made], self.workers)
-        return [self.made[spec] for spec in specs]
 
-    def attempt(self, specs: Sequence[Spec]) -> tuple[list[Run], dict[str, Exception]]:
-        """The runs of those specs that can be made, and by candidate the error of the others.
-
-        A candidate may not suit the module, or not fit into memory, which is no reason to do without the others.
-
-        Raises:
-            OutOfTimeError: as above.
-            BrokenProcessPool: if another process has died.
-        """
+    def _one_by_one(self, specs: Sequence[Spec], contained: tuple[type[Exception], ...]) -> dict[str, Exception]:
         failed: dict[str, Exception] = {}
-        try:
-            return self(specs), failed
-        except (OutOfTimeError, BrokenProcessPool):
-            raise
-        except CONTAINED:
-            # Whose it was is seen when each is made by itself; what is done already is not done again.
-            runs = []
-            for spec in specs:
-                try:
-                    runs += self([spec])
-                except (OutOfTimeError, BrokenProcessPool):
-                    raise
-                except CONTAINED as error:
-                    failed[spec.candidate] = error
-            return runs, failed
+        for spec in specs:
+            try:
+                run = run_trial(self.setup, spec, self.candidates[spec.candidate])
+            except contained as error:
+                failed[spec.candidate] = error
+            else:
+                self._keep(run)
+        return failed
 
     def _keep(self, run: Run) -> None:
         self._add(run)
@@ -165,7 +163,8 @@ class Executor:
     def _add(self, run: Run) -> None:
         self.journal.add(run)
 
-    def _share(self, specs: Sequence[Spec]) -> None:
+    def _share(self, specs: Sequence[Spec], contained: tuple[type[Exception], ...]) -> dict[str, Exception]:
+        failed: dict[str, Exception] = {}
         if self._pool is None:
             # They stay for all runs: to start one takes as long as a short run.
             threads = max(1, torch.get_num_threads() // self.workers)
@@ -177,9 +176,18 @@ class Executor:
             )
         pool = self._pool
         try:
-            futures = [pool.submit(run_trial, self.setup, spec, self.candidates[spec.candidate]) for spec in specs]
+            futures = {
+                pool.submit(run_trial, self.setup, spec, self.candidates[spec.candidate]): spec for spec in specs
+            }
             for future in as_completed(futures):
-                self._keep(future.result())
+                try:
+                    run = future.result()
+                except BrokenProcessPool:
+                    raise
+                except contained as error:
+                    failed[futures[future].candidate] = error
+                else:
+                    self._keep(run)
         except BrokenProcessPool as error:
             self._close()
             raise BrokenProcessPool(
@@ -194,6 +202,7 @@ class Executor:
                 process.terminate()
             self._close()
             raise
+        return failed
 
     def _devices(self) -> Any:
         """A queue of what each process shall see of several CUDA devices; ``None`` where there is nothing to share."""

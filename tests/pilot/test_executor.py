@@ -35,7 +35,10 @@ def test_time_of_runs_side_by_side_is_that_of_the_last_one(tmp_path, monkeypatch
 
 
 def test_error_of_one_candidate_leaves_the_runs_of_the_others(tmp_path, monkeypatch):
+    asked = []
+
     def trial(setup, spec, by):
+        asked.append(spec.candidate)
         if spec.candidate == "b":
             raise RuntimeError("out of memory")
         return Run(spec, (), (), {}, 1, 1, 1.0)
@@ -43,6 +46,7 @@ def test_error_of_one_candidate_leaves_the_runs_of_the_others(tmp_path, monkeypa
     execute = executing(tmp_path, monkeypatch, trial)
     runs, failed = execute.attempt([Spec(name, 0, 0) for name in "abc"])
     assert [run.spec.candidate for run in runs] == ["a", "c"]
+    assert asked == ["a", "b", "c"]
     assert {name: str(error) for name, error in failed.items()} == {"b": "out of memory"}
     assert [run.spec.candidate for run in execute.journal.runs()] == ["a", "c"]
 

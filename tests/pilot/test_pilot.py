@@ -251,8 +251,13 @@ def test_walking_back_takes_the_pilots_probes_where_it_has_them():
 
 
 @pytest.mark.slow
-def test_candidate_that_the_module_cannot_use_is_shown_with_its_error_and_the_others_go_on(tmp_path):
-    result = ask(Manual(), candidates=["full", "sensitivity 0.5", "last_layers 0.9"], confirm_seeds=1)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_candidate_that_the_module_cannot_use_is_shown_with_its_error_and_the_others_go_on(tmp_path, workers):
+    result = pilot(
+        Manual, number_loaders, number_probe, ["full", "sensitivity 0.5", "last_layers 0.9"], workers=workers,
+        **{**SMALL, "confirm_seeds": 1},
+    )  # fmt: skip
+    assert {entry.name for entry in result.entries if entry.stage == "confirmed"} == {"full", "last_layers 0.9"}
     failed = next(entry for entry in result.entries if entry.error)
     assert (failed.name, failed.stage) == ("sensitivity 0.5", "failed")
     assert "adaptation_loss" in failed.error
