@@ -14,6 +14,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from benchmarks.forgetting.grammar import grammar
 from kappa_lightning import AgreementProbe, Probe
 from recipes.shared.smollm2 import packaged_smollm2
 from recipes.word_problems import Problems, Solver, own_text, read_problems, text_windows
@@ -33,6 +34,7 @@ class WordProblems:
         learned: problems to learn from.
         held_out: problems to validate on.
         batch_size: of training.
+        skills: ``"grammar"`` to keep a small task as well, of two sentences to take the grammatical one.
 
     Raises:
         ValueError: if a path is not given, or there are too few problems.
@@ -49,7 +51,11 @@ class WordProblems:
         learned: str = "400",
         held_out: str = "16",
         batch_size: str = "4",
+        skills: str = "",
     ) -> None:
+        if skills not in ("", "grammar"):
+            raise ValueError(f"skills={skills!r} is unknown: use 'grammar', or leave it out")
+        self.skills = skills
         self.problems = given_path(problems, "problems", "GSM8K")
         self.text = given_path(text, "text", "WIKITEXT")
         self.max_tokens = int(max_tokens)
@@ -73,17 +79,18 @@ class WordProblems:
         return Problems(learned, held_out, self.batch_size)
 
     def probes(self, model: pl.LightningModule, seed: int) -> dict[str, Probe]:
-        """The agreement on WikiText and on the model's own text, both the same for all seeds."""
+        """The agreement on WikiText and on the model's own text, and the skills asked for, the same for all seeds."""
         from transformers import AutoTokenizer
 
         assert isinstance(model, Solver)
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         windows = text_windows(self.text, tokenizer, WINDOWS, WINDOW)
         own = own_text(model, tokenizer.bos_token_id, self.folder.parent / "smollm2-own-text.pt")
-        return {
+        probes: dict[str, Probe] = {
             "wikitext": AgreementProbe([{"input_ids": part} for part in torch.split(windows, 4)]),
             "own": AgreementProbe([{"input_ids": part} for part in torch.split(own, 4)]),
         }
+        return {**probes, "grammar": grammar(tokenizer)} if self.skills else probes
 
 
 def given_path(given: str, option: str, variable: str) -> Path:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.forgetting.grammar import grammar
 from benchmarks.forgetting.language import WINDOW, WINDOWS, given_path
 from benchmarks.forgetting.state import save_state
-from kappa_lightning import AccuracyProbe, AgreementProbe, Probe
+from kappa_lightning import AgreementProbe, Probe
 from recipes.shared.shapes import COLOURS, CORNERS, SHAPES, SIZE, Picture, random_scene
 from recipes.shared.small_llava import PATCH, VISION_WIDTH, build_processor, open_eyes
 from recipes.shared.smollm2 import packaged_smollm2
@@ -37,9 +37,6 @@ COUNTS = ("one", "two", "three")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 EYE_STEPS, EYE_SEED = 200, 4242
 LAYERS = 3
-
-SUBJECTS = ("key", "book", "letter", "picture", "car")
-NEIGHBORS = ("table", "garden", "door", "street", "box", "river")
 
 
 def describe(picture: Picture) -> str:
@@ -56,25 +53,6 @@ def describe(picture: Picture) -> str:
         f"at the {place}"
         for place, group in groups
     )
-
-
-def agreement_pairs() -> list[tuple[str, str]]:
-    """A grammatical sentence and the same one with the verb of the other number, which a noun or a clause suggests.
-
-    Example:
-        >>> agreement_pairs()[0]
-        ('The key near the tables is', 'The key near the tables are')
-        >>> agreement_pairs()[1]
-        ('The key that the men near the tables like is', 'The key that the men near the tables like are')
-    """
-    pairs = []
-    for subject, neighbor in product(SUBJECTS, NEIGHBORS):
-        nearby = f"{neighbor}es" if neighbor == "box" else f"{neighbor}s"
-        one = (f"The {subject} near the {nearby}", f"The {subject} that the men near the {nearby} like")
-        many = (f"The {subject}s near the {neighbor}", f"The {subject}s that the man near the {neighbor} likes")
-        pairs += [(f"{text} is", f"{text} are") for text in one]
-        pairs += [(f"{text} are", f"{text} is") for text in many]
-    return pairs
 
 
 class Seer(Solver):
@@ -194,7 +172,7 @@ class Sight:
         return {
             "wikitext": AgreementProbe([{"input_ids": part} for part in torch.split(windows, 4)]),
             "own": AgreementProbe([{"input_ids": part} for part in torch.split(own, 4)]),
-            "grammar": AccuracyProbe(pair_batches(tokenizer), preference, chance=0.5),
+            "grammar": grammar(tokenizer),
         }
 
 
@@ -213,33 +191,6 @@ def corner_tokens(tokenizer: Any) -> list[list[int]]:
         tokens = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
         choices.append([end, *(token for (token,) in tokens)])
     return choices
-
-
-def pair_batches(tokenizer: Any, size: int = 30) -> list[dict[str, Tensor]]:
-    """The pairs, as batches of ``input_ids`` and ``attention_mask`` of shape (pairs, 2, tokens); the right one is 0."""
-    encoded = [
-        [[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in pair]
-        for pair in agreement_pairs()
-    ]
-    batches = []
-    for at in range(0, len(encoded), size):
-        rows = [row for pair in encoded[at : at + size] for row in pair]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [tokenizer.eos_token_id] * (width - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        shape = (len(rows) // 2, 2, width)
-        labels = torch.zeros(shape[0], dtype=torch.long)
-        batches.append({"input_ids": ids.view(shape), "attention_mask": mask.view(shape), "labels": labels})
-    return batches
-
-
-def preference(module: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The log-probability of each sentence of a pair, shape (pairs, 2)."""
-    ids, mask = batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)
-    logits = module(input_ids=ids, attention_mask=mask)[:, :-1].float()
-    likely = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    summed: Tensor = (likely * mask[:, 1:]).sum(-1)
-    return summed.view(-1, 2)
 
 
 def collate(samples: Sequence[tuple[Encoded, Tensor]]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.forgetting import sight
-from benchmarks.forgetting.sight import IMAGE, PATCHES, Pictures, Seer, agreement_pairs, collate, preference
+from benchmarks.forgetting.sight import IMAGE, PATCHES, Pictures, Seer, collate
 from recipes.shared.shapes import words
 from recipes.shared.world import word_tokenizer
 
@@ -51,20 +51,3 @@ def test_validation_is_the_same_for_all_seeds_and_learning_is_not(folder):
     one, other = (Pictures(tokenizer, learned=4, held_out=4, batch_size=4, seed=seed) for seed in (0, 1))
     assert torch.equal(collate(one.held_out)["pixel_values"], collate(other.held_out)["pixel_values"])
     assert not torch.equal(collate(one.learned)["pixel_values"], collate(other.learned)["pixel_values"])
-
-
-def test_whoever_prefers_one_number_gets_half_of_the_pairs_right():
-    pairs = agreement_pairs()
-    assert len(set(pairs)) == len(pairs) == 120
-    for verb in (" is", " are"):
-        assert sum(right.endswith(verb) for right, _ in pairs) == 60
-    assert all(right.rsplit(" ", 1)[0] == wrong.rsplit(" ", 1)[0] for right, wrong in pairs)
-
-
-def test_the_likelier_sentence_counts_without_its_padding():
-    # Each token is followed by the next number with a probability of nearly one.
-    module = lambda input_ids, attention_mask: 20 * torch.nn.functional.one_hot(input_ids + 1, 10).float()  # noqa: E731
-    ids = torch.tensor([[[1, 2, 3, 0], [1, 2, 4, 5]], [[1, 3, 2, 0], [1, 2, 0, 0]]])
-    mask = torch.tensor([[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 0, 0]]])
-    found = preference(module, {"input_ids": ids, "attention_mask": mask})
-    torch.testing.assert_close(found, torch.tensor([[0.0, -20.0], [-40.0, 0.0]]), atol=1e-5, rtol=0)
