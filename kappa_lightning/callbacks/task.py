@@ -165,17 +165,23 @@ def _plain(loader: DataLoader[Any]) -> DataLoader[Any]:
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
 
 
-@contextmanager
-def _generators_restored(loaders: Any) -> Iterator[None]:
-    """The generators that dataloaders and samplers hold go on as if nobody had drawn from them."""
-    kept = []
+def generators_of(loaders: Any) -> list[torch.Generator]:
+    """The generators that dataloaders and their samplers hold, each once."""
+    found: dict[int, torch.Generator] = {}
     leaves = loaders.flattened if isinstance(loaders, CombinedLoader) else tree_flatten(loaders)[0]
     for loader in leaves:
         batches = getattr(loader, "batch_sampler", None)
         for holder in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
             generator = getattr(holder, "generator", None)
             if isinstance(generator, torch.Generator):
-                kept.append((generator, generator.get_state()))
+                found[id(generator)] = generator
+    return list(found.values())
+
+
+@contextmanager
+def _generators_restored(loaders: Any) -> Iterator[None]:
+    """The generators that dataloaders and samplers hold go on as if nobody had drawn from them."""
+    kept = [(generator, generator.get_state()) for generator in generators_of(loaders)]
     try:
         yield
     finally:

@@ -39,7 +39,7 @@ class Entry:
         near: whether its mean is within the margin of the best's as well.
         keeps: whether its mean is at least ``min_retention``.
         searched: the mean retention on the half of the probes' data that the search saw; NaN if it was not seen there.
-        error: what its first run raised, if it failed.
+        error: what its first run raised, if it failed, or later ones that counted as diverged.
         init: its callbacks as a LightningCLI configuration has them; ``None`` for a function of the user's.
     """
 

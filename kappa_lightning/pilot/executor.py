@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -10,12 +11,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from kappa_lightning.pilot.adaptation import Point, factor_of
 from kappa_lightning.pilot.candidates import Candidate
 from kappa_lightning.pilot.journal import Journal
 from kappa_lightning.pilot.trial import Run, Setup, Spec, run_trial
@@ -54,6 +57,9 @@ class Executor:
         workers: processes, each with its share of the threads; 1 makes the runs in this one.
         report: told of each run.
 
+    Attributes:
+        raised: the errors of runs that count as diverged.
+
     Raises:
         RuntimeError: if there are several workers, and the script that asks for them is just being imported by one.
         ValueError: if there are several workers, and the setup or a candidate cannot be sent to another process.
@@ -76,6 +82,7 @@ class Executor:
         self.workers = workers
         self.report = report
         self.made: dict[Spec, Run] = {}
+        self.raised: dict[Spec, Exception] = {}
         self._spent = 0.0
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
@@ -103,25 +110,29 @@ class Executor:
         """The runs of the specs, in their order.
 
         Raises:
+            Exception: what the first run of a candidate raised, when the others are done.
             OutOfTimeError: before any of them is made, if they would not fit into the limit.
             BrokenProcessPool: if another process has died.
         """
-        self._make(specs, ())
+        for error in self._make(specs).values():
+            raise error
         return [self.made[spec] for spec in specs]
 
     def attempt(self, specs: Sequence[Spec]) -> tuple[list[Run], dict[str, Exception]]:
         """The runs of those specs that can be made, and by candidate the error of the others.
 
-        A candidate may not suit the module, or not fit into memory, which is no reason to do without the others.
+        A candidate may not suit the module, or not fit into memory, which is no reason to do without the others. A
+        candidate that has made a run before suits it: what raises at another rate or seed, such as a distribution of
+        what is no number any longer, has diverged.
 
         Raises:
             OutOfTimeError: as above.
             BrokenProcessPool: if another process has died.
         """
-        failed = self._make(specs, CONTAINED)
+        failed = self._make(specs)
         return [self.made[spec] for spec in specs if spec in self.made], failed
 
-    def _make(self, specs: Sequence[Spec], contained: tuple[type[Exception], ...]) -> dict[str, Exception]:
+    def _make(self, specs: Sequence[Spec]) -> dict[str, Exception]:
         new = [spec for spec in dict.fromkeys(specs) if spec not in self.made]
         known = {spec: run for spec in new if (run := self.journal.find(spec)) is not None}
         missing = [spec for spec in new if spec not in known]
@@ -138,21 +149,36 @@ class Executor:
             self.report(run, True)
         try:
             if self.workers == 1 or len(missing) < 2:
-                return self._one_by_one(missing, contained)
-            return self._share(missing, contained)
+                return self._one_by_one(missing)
+            return self._share(missing)
         finally:
             self._spent += makespan([self.made[spec].seconds for spec in new if spec in self.made], self.workers)
 
-    def _one_by_one(self, specs: Sequence[Spec], contained: tuple[type[Exception], ...]) -> dict[str, Exception]:
+    def _one_by_one(self, specs: Sequence[Spec]) -> dict[str, Exception]:
         failed: dict[str, Exception] = {}
         for spec in specs:
             try:
                 run = run_trial(self.setup, spec, self.candidates[spec.candidate])
-            except contained as error:
-                failed[spec.candidate] = error
+            except CONTAINED as error:
+                self._raised(spec, error, failed)
             else:
                 self._keep(run)
         return failed
+
+    def _raised(self, spec: Spec, error: Exception, failed: dict[str, Exception]) -> None:
+        """The candidate has failed, or, if it has made a run before, this one has diverged."""
+        before = next((run for run in self.made.values() if run.spec.candidate == spec.candidate), None)
+        if before is None:
+            failed[spec.candidate] = error
+            return
+        start = before.path[0]
+        end = Point(float(self.setup.steps), math.inf, dict.fromkeys(start.retention, 0.0))
+        self.made[spec] = replace(before, spec=spec, path=(start, end), line=(), seconds=0.0)
+        self.raised[spec] = error
+        rank_zero_warn(
+            f"the candidate {spec.candidate!r} at its rate × {factor_of(spec.step):.3g} and seed {spec.seed} raised "
+            f"{type(error).__name__}: {error}. It counts as a run that diverged"
+        )
 
     def _keep(self, run: Run) -> None:
         self._add(run)
@@ -163,7 +189,7 @@ class Executor:
     def _add(self, run: Run) -> None:
         self.journal.add(run)
 
-    def _share(self, specs: Sequence[Spec], contained: tuple[type[Exception], ...]) -> dict[str, Exception]:
+    def _share(self, specs: Sequence[Spec]) -> dict[str, Exception]:
         failed: dict[str, Exception] = {}
         if self._pool is None:
             # They stay for all runs: to start one takes as long as a short run.
@@ -184,8 +210,8 @@ class Executor:
                     run = future.result()
                 except BrokenProcessPool:
                     raise
-                except contained as error:
-                    failed[futures[future].candidate] = error
+                except CONTAINED as error:
+                    self._raised(futures[future], error, failed)
                 else:
                     self._keep(run)
         except BrokenProcessPool as error:

@@ -37,4 +37,9 @@ def made_by(make: Callable[..., Any], seed: int, kind: Any, argument: str) -> An
     if not isinstance(made, kind):
         wanted = "a LightningModule" if argument == "make_module" else "a LightningDataModule or (train, val) loaders"
         raise TypeError(f"{argument} gave a {type(made).__name__}: it must return {wanted}")
+    if isinstance(made, tuple | list) and len(made) != 2:
+        raise TypeError(
+            f"{argument} gave {len(made)} dataloaders: it must return two, one to train with and one to validate with "
+            "(a list of them where there are several), or a LightningDataModule"
+        )
     return made

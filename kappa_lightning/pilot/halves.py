@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from kappa_lightning.probes import Probe
 
@@ -26,7 +26,7 @@ def half_of(probe: Probe, half: Half, name: str = "") -> Probe:
         name: of the probe, for what is raised.
 
     Raises:
-        ValueError: if there is only one sample, or one batch where batches are split.
+        ValueError: if there is only one sample, or one batch where batches are split, or a dataloader shuffles.
 
     Example:
         >>> from kappa_lightning import AccuracyProbe
@@ -56,6 +56,11 @@ def _every_other(dataloader: Iterable[Any], first: int, name: str) -> Iterable[A
                 collate_fn=dataloader.collate_fn,
                 pin_memory=dataloader.pin_memory,
             )
+    if isinstance(getattr(dataloader, "sampler", None), RandomSampler):
+        raise ValueError(
+            f"{which} has a DataLoader that shuffles, whose batches are others each time it is read: give it "
+            "shuffle=False, so that the halves stay apart and all evaluations are on the same items"
+        )
     if next(islice(iter(dataloader), 1, None), None) is None:
         raise ValueError(
             f"{which} has one batch, and a pilot searches with every other batch and reports on the rest: give it at "

@@ -18,6 +18,8 @@ from kappa_lightning.profile.file import encode
 
 FORMAT = "kappa-lightning run"
 
+_NAME = re.compile(r".*-[0-9a-f]{6}-step-?\d+-seed\d+-(search|confirm|all)\.json")
+
 
 class Journal:
     """A folder of finished runs.
@@ -111,8 +113,8 @@ class Journal:
 
     def runs(self) -> Iterator[Run]:
         """All finished runs, in the order of their names."""
-        for file in sorted(self.folder.glob("*.json")):
-            if file.name not in ("settings.json", "candidates.json"):
+        for file in sorted(self.folder.glob("*-step*-seed*.json")):
+            if _NAME.fullmatch(file.name):  # a user may keep results beside them
                 yield _run(file)
 
 

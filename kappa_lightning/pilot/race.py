@@ -76,6 +76,7 @@ class Course:
         confirmed: outcomes of the confirmation by candidate and seed.
         unfinished: the stages that the time did not suffice for.
         failed: the error of each candidate whose first run raised one.
+        raised: the errors of later runs, which count as diverged.
     """
 
     level: float = math.nan
@@ -87,6 +88,7 @@ class Course:
     confirmed: dict[str, dict[int, Outcome]] = field(default_factory=dict)
     unfinished: list[str] = field(default_factory=list)
     failed: dict[str, Exception] = field(default_factory=dict)
+    raised: Mapping[Spec, Exception] = field(default_factory=dict)
 
 
 def race(execute: Executor, names: Sequence[str], rules: Rules) -> Course:
@@ -101,7 +103,7 @@ def race(execute: Executor, names: Sequence[str], rules: Rules) -> Course:
         ValueError: if full fine-tuning learns nothing, or no candidate arrives at the level.
         OutOfTimeError: if there was no time for the level, or for one rate of any candidate.
     """
-    course = Course()
+    course = Course(raised=execute.raised)
     whole = execute.limit
     for stage, job in (("level", _level), ("rates", _rates), ("race", _race), ("confirm", _confirm)):
         execute.limit = None if whole is None else whole * SHARES[stage]

@@ -96,7 +96,11 @@ def table_of(entries: Sequence[Entry]) -> str:
         table.add_column(header, justify="left" if header in ("", "candidate", "arrived") else "right")
     for row in rows_of(entries):
         table.add_row(*row)
-    return render(table, width=150)
+    return "\n".join([render(table, width=150).rstrip("\n"), *_errors(entries), ""])
+
+
+def _errors(entries: Sequence[Entry]) -> list[str]:
+    return [f"{entry.name}: {entry.error}" for entry in entries if entry.error and not entry.walked]
 
 
 def shown(interval: Interval) -> str:
@@ -131,7 +135,8 @@ def answer_of(result: Result) -> str:
         if first.keeps
         else f", less than the {result.min_retention:g} that was asked for, as do all that keep as much as the best."
     )
-    outside = not first.retention.low <= first.searched <= first.retention.high
+    # One seed has no interval.
+    outside = first.searched < first.retention.low or first.searched > first.retention.high
     if outside and abs(first.searched - first.retention.mean) > UNLIKE:
         kept += (
             f" On the half of the probes' data that the search saw, {first.searched:.4f} were kept: the halves are not "
@@ -167,7 +172,7 @@ def page_of(result: Result) -> str:
             f"The time did not suffice for the whole of: {', '.join(result.unfinished)}. Where a search was cut off, "
             "its rate is the slowest that arrived so far."
         )
-    lines += [f"{entry.name} failed: {entry.error}" for entry in result.entries if entry.error]
+    lines += _errors(result.entries)
     lines += ["", f"|{'|'.join(f' {header} ' for header in HEADERS)}|", f"|{'---|' * len(HEADERS)}"]
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows_of(result.entries)]
     lines += [

@@ -13,6 +13,7 @@ from kappa_lightning.pilot.race import Course, judge
 from kappa_lightning.pilot.rates import RateFactor
 from kappa_lightning.pilot.statistics import Interval
 from kappa_lightning.pilot.trial import Run
+from kappa_lightning.text import counted
 
 
 def entries_of(
@@ -80,7 +81,7 @@ def entries_of(
                     near=verdict is not None and verdict.near,
                     keeps=retention.count > 0 and retention.mean >= min_retention,
                     searched=_searched(course, name, walked),
-                    error=_words(course.failed.get(name)),
+                    error=_error(course, name),
                     init=_with_factor(inits[name], course, name, back if walked else None),
                 )
             )
@@ -104,8 +105,15 @@ def _without_a_rate(course: Course, name: str) -> str:
     return "not arrived" if next_step(tried, course.level) is None else "cut off"
 
 
-def _words(error: Exception | None) -> str:
-    return "" if error is None else f"{type(error).__name__}: {error}"
+def _error(course: Course, name: str) -> str:
+    if name in course.failed:
+        return f"failed: {_words(course.failed[name])}"
+    raised = [error for spec, error in course.raised.items() if spec.candidate == name]
+    return f"{counted(len(raised), 'run')} raised and counted as diverged: {_words(raised[-1])}" if raised else ""
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _searched(course: Course, name: str, walked: bool) -> float:

@@ -21,7 +21,7 @@ from kappa_lightning.pilot.rehearsal import seconds_of_a_run
 from kappa_lightning.pilot.result import PilotResult
 from kappa_lightning.pilot.rows import entries_of, paths_of
 from kappa_lightning.pilot.settings import settings_of
-from kappa_lightning.pilot.trial import OWN, SEEDS, Data, Setup
+from kappa_lightning.pilot.trial import OWN, SEEDS, Data, Setup, configured
 from kappa_lightning.probes import Probe
 from kappa_lightning.restoring import environment_restored, random_numbers_restored
 
@@ -130,7 +130,7 @@ def pilot(
     rules = Rules(target, level, seed, race_seeds, confirm_seeds, finalists, margin)
     with random_numbers_restored(), environment_restored(*SEEDS), tempfile.TemporaryDirectory() as temporary:
         pl.seed_everything(seed, workers=True, verbose=False)
-        module = made_by(make_module, seed, pl.LightningModule, "make_module")
+        module = configured(made_by(make_module, seed, pl.LightningModule, "make_module"), options)
         kept = probes_of(probes, module)
         data = made_by(make_data, seed, (pl.LightningDataModule, tuple, list), "make_data")
         inits = {one.name: _init(one, module) for one in by_name.values()}
@@ -179,7 +179,10 @@ def _seconds_of_a_run(setup: Setup, first: Candidate, journal: Journal, seed: in
 
 
 def _init(one: Candidate, module: pl.LightningModule) -> list[dict[str, Any]] | None:
-    return None if one.specs is None else [spec.to_dict() for spec in one.specs(module)]
+    try:
+        return None if one.specs is None else [spec.to_dict() for spec in one.specs(module)]
+    except CONTAINED:
+        return None  # its first run will raise the same, and the others go on
 
 
 def _check_kinds(make_module: Any, make_data: Any, trainer: Any) -> None:

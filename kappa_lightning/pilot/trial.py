@@ -25,10 +25,12 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
 from kappa_lightning.callbacks.evaluation import evaluate
+from kappa_lightning.callbacks.task import generators_of
 from kappa_lightning.pilot.adaptation import Point, factor_of
 from kappa_lightning.pilot.candidates import Candidate, candidate
 from kappa_lightning.pilot.given import made_by, probes_of
@@ -169,20 +171,30 @@ def _trial(setup: Setup, spec: Spec, by: Candidate | str) -> Run:
     # A trainer and its module refer to each other, so those of the last run are still there.
     gc.collect()
     pl.seed_everything(spec.seed, workers=True, verbose=False)
-    pretrained = made_by(setup.make_module, spec.seed, pl.LightningModule, "make_module")
-    module = copy.deepcopy(pretrained)
+    pretrained = configured(made_by(setup.make_module, spec.seed, pl.LightningModule, "make_module"), setup.trainer)
+    module = _copy_of(pretrained)
     data = made_by(setup.make_data, spec.seed, (pl.LightningDataModule, tuple, list), "make_data")
     probes = {name: half_of(probe, spec.half, name) for name, probe in probes_of(setup.probes, module).items()}
     callbacks = [RateFactor(factor_of(spec.step)), *by.build(module)]
     recorder = Recorder(probes, setup.monitor)
     # The order of the data and dropout must not depend on the numbers that a candidate drew.
     pl.seed_everything(spec.seed, workers=True, verbose=False)
-    counter = _Trainable()
+    counter = _Trainable(pretrained)
     trainer = _trainer(setup, [*callbacks, recorder, counter])
-    _validate(trainer, module, data)
-    _fit(trainer, module, data)
-    path = list(recorder.points)
-    line = _way_back(setup, pretrained, module, data, recorder, counter.names)
+    with _generators_seeded(data, spec.seed):
+        _validate(trainer, module, data)
+        if not recorder.validated:
+            raise ValueError(
+                "the validation before training ran no batch: give validation data of at least one batch, and no "
+                "limit_val_batches=0"
+            )
+        _fit(trainer, module, data)
+        if not recorder.points:
+            raise ValueError(
+                "the train dataloader gives no batch: give it more data, or a smaller batch_size where it has drop_last"
+            )
+        path = list(recorder.points)
+        line = _way_back(setup, pretrained, module, data, recorder, counter.names)
     if path[-1].position < setup.steps and line and math.isfinite(path[-1].loss):
         path.append(Point(float(setup.steps), line[-1].loss, line[-1].retention))
     run = Run(
@@ -195,6 +207,43 @@ def _trial(setup: Setup, spec: Spec, by: Candidate | str) -> Run:
         time.perf_counter() - started,
     )
     return trainer.strategy.broadcast(run)
+
+
+def configured(module: pl.LightningModule, trainer: Mapping[str, Any]) -> pl.LightningModule:
+    """The module, or a copy whose ``configure_model`` has been called, so that its parameters are there.
+
+    A strategy of the user's may be what it needs for that; then Lightning is left to call it.
+    """
+    if not is_overridden("configure_model", module) or "strategy" in trainer:
+        return module
+    module = copy.deepcopy(module)
+    module.configure_model()
+    return module
+
+
+def _copy_of(pretrained: pl.LightningModule) -> pl.LightningModule:
+    module = copy.deepcopy(pretrained)
+    for part in module.modules():
+        # What module.compile() made runs the weights of the module that it was made of.
+        part._compiled_call_impl = None
+    return module
+
+
+@contextmanager
+def _generators_seeded(data: Data, seed: int) -> Iterator[None]:
+    """The generators that the data holds begin from the seed, and afterwards are where they were."""
+    if isinstance(data, pl.LightningDataModule):
+        held = [one for one in vars(data).values() if isinstance(one, torch.Generator)]
+    else:
+        held = generators_of(data)
+    kept = [(one, one.get_state()) for one in held]
+    for one, _ in kept:
+        one.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for one, state in kept:
+            one.set_state(state)
 
 
 class Recorder(Callback):
@@ -260,12 +309,41 @@ class Recorder(Callback):
 
 
 class _Trainable(Callback):
-    """What trains, as it is when training starts; and the limit of steps where an optimizer is not all of them."""
+    """What trains, as it is when training starts; and the limit of steps where an optimizer is not all of them.
 
-    def __init__(self) -> None:
+    It also ends a run in which the copy's functions train the module that it was copied from, and one without data.
+    """
+
+    def __init__(self, pretrained: pl.LightningModule) -> None:
         super().__init__()
         self.names: frozenset[str] = frozenset()
         self.trainable = 0
+        self._original = [(name, parameter, parameter.grad) for name, parameter in pretrained.named_parameters()]
+        self._batches = 0
+        self._begun = -1
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._begun == self._batches:
+            raise ValueError(
+                f"the train dataloader gave {self._batches} batches and gives no more when it is read again, and "
+                f"{trainer.max_steps} steps are asked for: give data that can be read more than once, or fewer steps"
+            )
+        self._begun = self._batches
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._batches += 1
+        if self._batches == 1:
+            reached = [name for name, parameter, grad in self._original if parameter.grad is not grad]
+            for _name, parameter, grad in self._original:
+                parameter.grad = grad
+            if reached:
+                raise ValueError(
+                    f"training a copy of the module reached {reached[0]} of the module itself: a function that it "
+                    "holds was made with the original's tensors or methods (such as self.encode = lambda x: "
+                    "self.body(x), or a compiled method). Make it a method, or compile in configure_model"
+                )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -57,7 +57,7 @@ def signals_along(
         moved, by its id.
 
     Raises:
-        ValueError: if a loss is no finite scalar: at a later step, the rate is too high.
+        ValueError: if a loss is no finite scalar (at a later step, the rate is too high), or an optimizer is LBFGS.
 
     Example:
         Gradient descent on x·w by 0.5 moves w by −0.5·x, which lowers the loss by 0.5·|x|² in each of two steps.
@@ -69,6 +69,12 @@ def signals_along(
         >>> signals_along(find_weights(module), lambda number: (x * module["w"]).sum(), [optimizer], steps=2)[0]
         {'w': 5.0}
     """
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "method='path' takes steps of the optimizer, and LBFGS evaluates the loss several times in one: use "
+                "method='gradient'"
+            )
     parameters: list[nn.Parameter] = list({id(p): p for weight in weights for p in weight.parameters}.values())
     totals = {weight.name: 0.0 for weight in weights}
     with lent(optimizers, [*parameters, *alongside]) as starts:

@@ -1,6 +1,10 @@
+import math
+
+import pytest
 import torch
 
 from kappa_lightning.pilot import executor
+from kappa_lightning.pilot.adaptation import Point
 from kappa_lightning.pilot.executor import Executor
 from kappa_lightning.pilot.journal import Journal
 from kappa_lightning.pilot.trial import Run, Setup, Spec
@@ -49,6 +53,25 @@ def test_error_of_one_candidate_leaves_the_runs_of_the_others(tmp_path, monkeypa
     assert asked == ["a", "b", "c"]
     assert {name: str(error) for name, error in failed.items()} == {"b": "out of memory"}
     assert [run.spec.candidate for run in execute.journal.runs()] == ["a", "c"]
+
+
+def test_error_at_another_rate_or_seed_is_said_and_counts_as_diverged(tmp_path, monkeypatch):
+    def trial(setup, spec, by):
+        if spec.step or spec.candidate == "b":
+            raise ValueError("found invalid values: nan")
+        return Run(spec, (Point(0.0, 3.0, {"old": 1.0}), Point(4.0, 2.0, {"old": 0.9})), (), {"old": 0.8}, 1, 1, 1.0)
+
+    execute = executing(tmp_path, monkeypatch, trial)
+    execute([Spec("a", 0, 0)])
+    with pytest.warns(UserWarning, match="'a' at its rate × 2 and seed 0 raised ValueError: found invalid values"):
+        runs, failed = execute.attempt([Spec("a", 2, 0)])
+    assert not failed
+    assert runs[0].path == (Point(0.0, 3.0, {"old": 1.0}), Point(4.0, math.inf, {"old": 0.0}))
+    assert list(execute.raised) == [Spec("a", 2, 0)]
+    assert [run.spec for run in execute.journal.runs()] == [Spec("a", 0, 0)]  # it is tried again when resumed
+    with pytest.raises(ValueError, match="invalid values"):
+        execute([Spec("b", 0, 0), Spec("c", 0, 0)])
+    assert Spec("c", 0, 0) in execute.made
 
 
 def test_processes_share_the_cuda_devices_unless_the_trainer_says_which(tmp_path, monkeypatch):

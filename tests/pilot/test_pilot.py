@@ -261,7 +261,8 @@ def test_candidate_that_the_module_cannot_use_is_shown_with_its_error_and_the_ot
     failed = next(entry for entry in result.entries if entry.error)
     assert (failed.name, failed.stage) == ("sensitivity 0.5", "failed")
     assert "adaptation_loss" in failed.error
-    assert f"sensitivity 0.5 failed: {failed.error}" in result.markdown
+    assert f"sensitivity 0.5: {failed.error}" in result.markdown
+    assert failed.error in result.table
     result.save(tmp_path / "pilot.toml")
     assert PilotResult.load(tmp_path / "pilot.toml").table == result.table
     with pytest.raises(ValueError, match="adaptation_loss"):

@@ -24,6 +24,8 @@ class Model:
         # What is kept at the level, and the slowest step that arrives there.
         self.kept = {"full": (0.8, 0), "good": (0.95, 3), "close": (0.94, 1), "bad": (0.4, -3), "never": (0.9, 99)}
 
+    raised = {}  # noqa: RUF012 - nothing is added
+
     @property
     def spent(self):
         return len(self.specs) * self.seconds
@@ -98,7 +100,7 @@ def test_candidate_that_cannot_run_is_left_out_and_its_error_is_kept():
     assert course.rates["close"] is None
     assert set(course.confirmed) == {"good", "full"}
     rows = entries_of(course, names, dict.fromkeys(names), 0.9, 0.0, BACK)
-    assert (rows[-1].name, rows[-1].stage, rows[-1].error) == ("close", "failed", "ValueError: no such tensor")
+    assert (rows[-1].name, rows[-1].stage, rows[-1].error) == ("close", "failed", "failed: ValueError: no such tensor")
     model.broken = dict.fromkeys(("full", "good"), ValueError("all of them"))
     with pytest.raises(ValueError, match="all of them"):
         race(model, ["full", "good"], Rules(0.8, 1.6, 0, 1, 2, 2))

@@ -18,7 +18,7 @@ from outside import (
     number_loaders,
     number_probe,
 )
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from kappa_lightning import AccuracyProbe
 from kappa_lightning.pilot.candidates import Candidate, candidate
@@ -264,3 +264,95 @@ def test_journal_refuses_another_candidate_of_the_same_name(tmp_path):
     with pytest.raises(ValueError, match=r"another candidate 'a', which was .*0\.25.* and is .*0\.5"):
         journal.require({"a": [{"max_params": 0.5}]})
     assert list(journal.runs()) == []
+
+
+def test_compiled_module_trains_as_itself():
+    module = Plain()
+    run = run_trial(setup_of(module), Spec("full", 0, 5), "full")
+    module.compile(backend="eager")
+    assert run_trial(setup_of(module), Spec("full", 0, 5), "full").path == run.path
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_function_that_holds_on_to_the_original_is_refused_and_leaves_no_gradient():
+    module = Plain()
+    body = module.forward
+    module.forward = lambda x: body(x)
+    with pytest.raises(ValueError, match="training a copy of the module reached"):
+        run_trial(setup_of(module), Spec("full", 0, 5), "full")
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_generator_of_a_loader_begins_from_the_seed_of_the_run():
+    generator = torch.Generator().manual_seed(9)
+    train, held_out = number_loaders()
+    train = DataLoader(train.dataset, train.batch_size, shuffle=True, generator=generator)
+    setup = setup_of(Plain(), lambda: (train, held_out))
+    state = generator.get_state()
+    run = run_trial(setup, Spec("full", 0, 5), "full")
+    assert torch.equal(generator.get_state(), state)
+    torch.rand(3, generator=generator)
+    assert run_trial(setup, Spec("full", 0, 5), "full").path == run.path
+    assert run_trial(setup, Spec("full", 0, 6), "full").path != run.path
+
+
+class Once(IterableDataset):
+    """Samples that are gone when they have been read."""
+
+    def __init__(self, samples):
+        self.samples = iter(samples)
+
+    def __iter__(self):
+        return self.samples
+
+
+def test_data_that_does_not_suffice_is_refused():
+    train, held_out = number_loaders()
+    short = DataLoader(Once([train.dataset[i] for i in range(2 * train.batch_size)]), train.batch_size)
+    with pytest.raises(ValueError, match=f"gave 2 batches and gives no more when it is read again, and {STEPS} steps"):
+        run_trial(setup_of(Plain(), lambda: (short, held_out)), Spec("full", 0, 5), "full")
+    none = DataLoader(train.dataset, len(train.dataset) + 1, drop_last=True)
+    with pytest.raises(ValueError, match="train dataloader gives no batch"):
+        run_trial(setup_of(Plain(), lambda: (none, held_out)), Spec("full", 0, 5), "full")
+    with pytest.raises(ValueError, match="ran no batch"):
+        run_trial(setup_of(Plain(), trainer={"accelerator": "cpu", "limit_val_batches": 0}), Spec("full", 0, 5), "full")
+    with pytest.raises(TypeError, match="gave 3 dataloaders"):
+        run_trial(setup_of(Plain(), lambda: (train, held_out, held_out)), Spec("full", 0, 5), "full")
+
+
+class Late(Plain):
+    """Its layers are made when Lightning asks for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = dict(self.named_children())
+        for name in self.made:
+            delattr(self, name)
+
+    def configure_model(self):
+        for name, layer in self.made.items():
+            if not hasattr(self, name):
+                setattr(self, name, copy.deepcopy(layer))
+
+
+def test_module_that_makes_its_layers_late_is_walked_back_too():
+    module = Late()
+    run = run_trial(setup_of(module), Spec("full", 0, 5), "full")
+    assert not list(module.parameters())
+    assert run.total == sum(p.numel() for p in Plain().parameters())
+    assert [point.position for point in run.line] == [0.0, 0.5, 1.0]
+
+
+def test_probe_that_shuffles_cannot_be_halved():
+    probe = AccuracyProbe(
+        DataLoader(TensorDataset(torch.arange(12.0)[:, None], torch.zeros(12).long()), 2, shuffle=True)
+    )
+    with pytest.raises(ValueError, match="the probe 'old' has a DataLoader that shuffles"):
+        half_of(probe, "search", "old")
+
+
+def test_results_beside_the_runs_are_left_alone(tmp_path):
+    journal = Journal(tmp_path, {"steps": STEPS})
+    journal.add(run_trial(setup_of(Plain()), Spec("full", -2, 5), "full"))
+    (tmp_path / "result.json").write_text("{}")
+    assert [run.spec for run in journal.runs()] == [Spec("full", -2, 5)]

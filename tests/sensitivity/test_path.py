@@ -225,3 +225,9 @@ def test_exact_passes_put_the_settings_of_the_process_back():
 def test_path_needs_an_optimizer():
     with pytest.raises(ValueError, match=r'method="path".*give optimizers=\[…\]'):
         SensitivityProfile.from_model(network(), BATCHES, loss, method="path", progress=False)
+
+
+def test_optimizer_that_needs_a_closure_is_refused():
+    model = network()
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss several times"):
+        profile_of(model, torch.optim.LBFGS(model.parameters()))
