@@ -44,7 +44,7 @@ SEQUENCES, SEQUENCE_TOKENS = 16, 48
 Encoded = tuple[list[int], list[int]]
 """The tokens of a prompt and of its answer."""
 
-METHODS = (("full", -4), ("sensitivity 0.25", -1))
+METHODS = (("full", -4), ("sensitivity:path 0.25", -1))
 """What is compared, each with the step of its learning rate."""
 
 NAMES = ("Ada", "Ben", "Cleo", "Dario", "Ema", "Finn", "Gita", "Hugo", "Ines", "Jonas")
