@@ -8,6 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import TensorDataset
 
 from kappa_lightning.fingerprint import fingerprint, hash_of_text
 from kappa_lightning.pilot.trial import Data, Setup
@@ -53,7 +56,19 @@ def _told_loader(loader: Any) -> str:
     dataset = getattr(loader, "dataset", None)
     whole = dataset if dataset is not None else loader
     size = len(whole) if isinstance(whole, Sized) else "?"
-    return f"{type(whole).__qualname__} of {size} in batches of {getattr(loader, 'batch_size', '?')}"
+    held = _held_by(whole)
+    return f"{type(whole).__qualname__} of {size} in batches of {getattr(loader, 'batch_size', '?')}{held}"
+
+
+def _held_by(whole: Any) -> str:
+    """A mark of the tensors that a dataset holds, where they can be seen without asking it for a sample."""
+    if isinstance(whole, TensorDataset):
+        tensors = list(whole.tensors)
+    elif isinstance(whole, list | tuple):
+        tensors = [leaf for leaf in tree_flatten(list(whole))[0] if isinstance(leaf, Tensor)]
+    else:
+        return ""
+    return f" ({hash_of_text(' '.join(map(fingerprint, tensors))):016x})"
 
 
 def settings_of(setup: Setup, module: pl.LightningModule, data: Data, probes: Mapping[str, Probe]) -> dict[str, Any]:

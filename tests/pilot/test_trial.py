@@ -243,6 +243,11 @@ def test_settings_know_hyperparameters_data_and_probes():
     assert asked(changed)["hyperparameters"] != asked(Plain())["hyperparameters"]
     assert asked(Plain(), data=(small, small))["data"] != asked(Plain())["data"]
     assert asked(Plain(), probes={"old": AccuracyProbe(small)})["probes"] != asked(Plain())["probes"]
+    # The same numbers of samples with other labels are other data.
+    relabeled = DataLoader(TensorDataset(torch.zeros(9, 8), torch.ones(9).long()), 8)
+    assert asked(Plain(), data=(relabeled, small))["data"] != asked(Plain(), data=(small, small))["data"]
+    one, other = ({"old": AccuracyProbe([(torch.zeros(2, 8), torch.full((2,), label))])} for label in (0, 1))
+    assert asked(Plain(), probes=one)["probes"] != asked(Plain(), probes=other)["probes"]
 
 
 def test_settings_of_equal_callbacks_are_equal_and_of_others_differ():
