@@ -254,8 +254,8 @@ def test_walking_back_takes_the_pilots_probes_where_it_has_them():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_candidate_that_the_module_cannot_use_is_shown_with_its_error_and_the_others_go_on(tmp_path, workers):
     result = pilot(
-        Manual, number_loaders, number_probe, ["full", "sensitivity 0.5", "last_layers 0.9", "last_layers 1"], workers=workers,
-        **{**SMALL, "confirm_seeds": 1},
+        Manual, number_loaders, number_probe, ["full", "sensitivity 0.5", "last_layers 0.9", "last_layers 1"],
+        workers=workers, **{**SMALL, "confirm_seeds": 1},
     )  # fmt: skip
     assert {entry.name for entry in result.entries if entry.stage == "confirmed"} == {"full", "last_layers 0.9"}
     errors = {entry.name: entry for entry in result.entries if entry.stage == "failed"}
