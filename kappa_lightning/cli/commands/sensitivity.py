@@ -222,16 +222,21 @@ def _of_config(args: Namespace) -> SensitivityProfile:
 @contextmanager
 def _without_remarks() -> Iterator[None]:
     """Without what Lightning says of a fit, of which this is none; warnings are shown."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    from lightning.fabric.utilities.rank_zero import rank_zero_module
+
+    # Where pytorch_lightning was imported as well, Lightning speaks through a logger of that name.
+    loggers = (logging.getLogger("lightning.pytorch"), rank_zero_module.log)
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning):
                 warnings.filterwarnings("ignore", category=category, module=r"lightning\.")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _progress(callbacks: Iterable[Any]) -> list[Any]:
