@@ -2,8 +2,9 @@
 
 The new task are short solutions of GSM8K (``--option problems=…/gsm8k``, a folder with train.jsonl and test.jsonl).
 Kept is the agreement exp(−KL), KL in nats a token to the pretrained model, on WikiText-2 (``--option text=…/test.txt``)
-and on text that the pretrained model wrote itself from its begin token. Perplexity of WikiText is no measure here: it
-falls with every method, since the chat model loses its chat habits.
+and on text that the pretrained model wrote itself from its begin token; with ``--option skills=grammar`` also the share
+of sentence pairs of which the grammatical one is likelier. Perplexity of WikiText is no measure here: it falls with
+every method, since the chat model loses its chat habits.
 """
 
 from __future__ import annotations

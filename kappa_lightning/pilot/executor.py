@@ -173,7 +173,8 @@ class Executor:
             return
         start = before.path[0]
         end = Point(float(self.setup.steps), math.inf, dict.fromkeys(start.retention, 0.0))
-        self.made[spec] = replace(before, spec=spec, path=(start, end), line=(), seconds=0.0)
+        # How long it took to raise is not known; that of the earlier run counts, so that the hours cannot be overrun.
+        self.made[spec] = replace(before, spec=spec, path=(start, end), line=())
         self.raised[spec] = error
         rank_zero_warn(
             f"the candidate {spec.candidate!r} at its rate × {factor_of(spec.step):.3g} and seed {spec.seed} raised "

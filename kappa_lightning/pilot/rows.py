@@ -140,7 +140,9 @@ def _with_factor(
 
 def _runs_of(course: Course, name: str) -> list[Run]:
     outcomes = course.confirmed.get(name) or course.raced.get(name) or {}
-    return [outcome.run for outcome in outcomes.values()] or list(course.searches.get(name, {}).values())
+    runs = [outcome.run for outcome in outcomes.values()] or list(course.searches.get(name, {}).values())
+    # What raised took a time that is not known.
+    return [run for run in runs if run.spec not in course.raised]
 
 
 def paths_of(course: Course) -> dict[str, list[Any]]:

@@ -68,6 +68,7 @@ def test_error_at_another_rate_or_seed_is_said_and_counts_as_diverged(tmp_path, 
     assert not failed
     assert runs[0].path == (Point(0.0, 3.0, {"old": 1.0}), Point(4.0, math.inf, {"old": 0.0}))
     assert list(execute.raised) == [Spec("a", 2, 0)]
+    assert execute.spent == 2.0  # as if it had taken as long as the run before
     assert [run.spec for run in execute.journal.runs()] == [Spec("a", 0, 0)]  # it is tried again when resumed
     with pytest.raises(ValueError, match="invalid values"):
         execute([Spec("b", 0, 0), Spec("c", 0, 0)])

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -104,6 +105,20 @@ def test_candidate_that_cannot_run_is_left_out_and_its_error_is_kept():
     model.broken = dict.fromkeys(("full", "good"), ValueError("all of them"))
     with pytest.raises(ValueError, match="all of them"):
         race(model, ["full", "good"], Rules(0.8, 1.6, 0, 1, 2, 2))
+
+
+def test_time_that_is_shown_is_of_runs_that_came_to_an_end():
+    model, names = Model(), ["full", "good"]
+    course = race(model, names, RULES)
+    seed, outcome = next(iter(course.confirmed["good"].items()))
+    slow = replace(outcome, run=replace(outcome.run, seconds=9.0))
+    course.confirmed["good"][seed] = slow
+    seconds = {e.name: e.seconds for e in entries_of(course, names, dict.fromkeys(names), 0.9, 0.0, BACK)}
+    assert seconds["good"] == 3.0
+    course.raised = {slow.run.spec: ValueError("found invalid values")}
+    rows = {e.name: e for e in entries_of(course, names, dict.fromkeys(names), 0.9, 0.0, BACK)}
+    assert rows["good"].seconds == 1.0
+    assert rows["good"].error == "1 run raised and counted as diverged: ValueError: found invalid values"
 
 
 def test_search_without_time_is_told_from_one_that_arrives_nowhere():

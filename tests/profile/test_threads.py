@@ -299,16 +299,31 @@ def test_a_pass_that_is_given_up_leaves_no_thread(net):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kappa")]
 
 
-def test_memory_budget_sets_how_many_are_worked_on_at_a_time(seen):
+def together_for_once(monkeypatch, workers):
+    """As many workers as there should be: each waits at its first matrix until all of them have one."""
+    original, met, begun = compute.spectrum, threading.Barrier(workers), set()
+
+    def meet(matrix, **options):
+        if (name := threading.current_thread().name) not in begun:
+            begun.add(name)
+            met.wait(timeout=60)
+        return original(matrix, **options)
+
+    monkeypatch.setattr(compute, "spectrum", meet)
+
+
+def test_memory_budget_sets_how_many_are_worked_on_at_a_time(monkeypatch, seen):
     large = nn.ModuleList([nn.Linear(200, 200, bias=False) for _ in range(6)])
     one = together._bytes_in_work(find_weights(large)[0])
     profiles = []
-    for budget, threads in ((4 * one, 1), (3 * one, 1), (one, 3)):
+    for budget, workers, threads in ((4 * one, 3, 1), (3 * one, 2, 1), (one, 1, 3)):
         seen.clear()
-        profiles.append(KappaProfile.from_model(large, progress=False, memory_budget=budget))
+        with monkeypatch.context() as patch:
+            together_for_once(patch, workers)
+            profiles.append(KappaProfile.from_model(large, progress=False, memory_budget=budget))
         # Two workers share three threads, so that each has one; one matrix at a time has all of them.
         assert {used for _, _, used in seen} == {threads}
-        assert len({thread for _, thread, _ in seen}) == {4 * one: 3, 3 * one: 2, one: 1}[budget]
+        assert len({thread for _, thread, _ in seen}) == workers
     kappas = [[row.kappa for row in profile] for profile in profiles]
     np.testing.assert_allclose(kappas, np.broadcast_to(kappas[0], (3, 6)), rtol=1e-9)
 

@@ -222,10 +222,10 @@ def _of_config(args: Namespace) -> SensitivityProfile:
 @contextmanager
 def _without_remarks() -> Iterator[None]:
     """Without what Lightning says of a fit, of which this is none; warnings are shown."""
-    from lightning.fabric.utilities.rank_zero import rank_zero_module
+    from lightning_utilities.core import rank_zero
 
     # Where pytorch_lightning was imported as well, Lightning speaks through a logger of that name.
-    loggers = (logging.getLogger("lightning.pytorch"), rank_zero_module.log)
+    loggers = (logging.getLogger("lightning.pytorch"), rank_zero.log)
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
