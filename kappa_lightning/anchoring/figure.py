@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from kappa_lightning.anchoring.choice import Goal, Point
+from kappa_lightning.anchoring.choice import Goal, Point, on_the_line
 
 Reports = Mapping[str, Mapping[str, float]]
 
@@ -26,7 +26,7 @@ def walk_figure(points: Sequence[Point], best: Point, reports: Reports, goal: Go
     """
     figure = Figure(figsize=(10.5, 4.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
-    line = [point for point in points if len(set(point.factors.values())) == 1]
+    line = on_the_line(points)
     apart = [point for point in points if point not in line]
     left.plot([p.monitor for p in line], [p.lowest_retention for p in line], "o-", color="0.55", markersize=4)
     if apart:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from kappa_lightning.anchoring.choice import Goal, Point
+from kappa_lightning.anchoring.choice import Goal, Point, on_the_line
 from kappa_lightning.tables import render
 
 Reports = Mapping[str, Mapping[str, float]]
@@ -29,7 +29,7 @@ def walk_table(points: Sequence[Point], best: Point, reports: Reports, goal: Goa
     for name in best.retention:
         table.add_column(f"{name}", justify="right")
     table.add_column("")
-    line = [point for point in points if len(set(point.factors.values())) == 1]
+    line = on_the_line(points)
     for point in line if best in line else [*line, best]:
         mark = "chosen" if point is best else ""
         kept = [f"{value:.4f}" for value in point.retention.values()]

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from kappa_lightning.anchoring.choice import Goal, Point, check_points, num_points, search
+from kappa_lightning.anchoring.choice import Goal, Point, check_bisections, check_points, num_points, search
 from kappa_lightning.anchoring.halves import HalvedProbes
 from kappa_lightning.anchoring.path import Along, WalkPath, walked
 from kappa_lightning.anchoring.table import walk_table
@@ -62,6 +62,9 @@ class WalkBack(Keyed):
         along: one factor for ``"all"`` tensors, one for each ``"role"`` or for each stretch of ``"depth"``, or
             ``"singular_values"``, which drops the small singular values of each update instead.
         points: how many points, evenly spaced, or the factors themselves.
+        bisections: how often the stretch between the best of these points and the next one, which misses the limit,
+            is halved, so that as much is learned or kept as the limit allows; by default 3, and 0 where ``points``
+            gives the factors themselves.
         depth_groups: the number of stretches.
         exclude: globs of what is new, such as a head or a projector, and stays as trained at every point: it has no
             pretrained weights to go back to.
@@ -72,8 +75,8 @@ class WalkBack(Keyed):
 
     Attributes:
         alpha: the chosen factor, or with several the factor of each group; ``None`` before.
-        path: a dict for each point that was measured, with ``alpha``, ``factors``, ``monitor``, ``retention`` (of the
-            half that chooses) and whether it is ``chosen``.
+        path: a dict for each point that was measured, by rising ``alpha``, with ``alpha``, ``factors``, ``monitor``,
+            ``retention`` (of the half that chooses) and whether it is ``chosen``.
         report: of the half that reports, the retention of each probe at the chosen and at the trained point.
         checkpoint_path: where the chosen point was saved.
 
@@ -111,6 +114,7 @@ class WalkBack(Keyed):
         probes: Mapping[str, Probe] | None = None,
         along: Along = "all",
         points: int | Sequence[float] = 11,
+        bisections: int | None = None,
         depth_groups: int = 3,
         exclude: Sequence[str] = (),
         every_n_epochs: int | None = None,
@@ -137,6 +141,7 @@ class WalkBack(Keyed):
         self.probes = None if probes is None else dict(probes)
         self.along = along
         self.points = check_points(points)
+        self.bisections = check_bisections(bisections, points)
         self.depth_groups = depth_groups
         self.exclude = check_patterns(exclude, argument="exclude")
         self.every_n_epochs = every_n_epochs
@@ -302,7 +307,9 @@ class WalkBack(Keyed):
             if not arrived:
                 path.go_to(1.0)
         self.alpha = best.alpha if len(path.groups) == 1 else dict(best.factors)
-        self.path = [{**point.record(), "chosen": point is best} for point in points]
+        self.path = [
+            {**point.record(), "chosen": point is best} for point in sorted(points, key=lambda point: point.alpha)
+        ]
         self.report = reports
         self._show(trainer, points, best)
         if stay and self.save and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -325,9 +332,11 @@ class WalkBack(Keyed):
                 monitor = evaluate(trainer, module, "monitor", self.monitor)
             return Point(dict(factors), monitor, probes.choice())
 
-        points = self.points if not trainer.fast_dev_run else (0.0, 1.0)  # type: ignore[attr-defined]
-        steps = search(measure, self.goal, path.groups, points)
-        total = num_points(len(path.groups), len(points))
+        points, bisections = self.points, self.bisections
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            points, bisections = (0.0, 1.0), 0
+        steps = search(measure, self.goal, path.groups, points, bisections)
+        total = num_points(len(path.groups), len(points), bisections)
         return list(track(trainer, steps, total=total, description="Walking back", unit="point"))
 
     def _show(self, trainer: pl.Trainer, points: Sequence[Point], best: Point) -> None:

@@ -74,6 +74,32 @@ def test_the_best_monitor_that_keeps_the_retention_stays_in_the_module(tmp_path:
     assert trainer.callback_metrics["walk_back/alpha"].item() == pytest.approx(0.3)
 
 
+def test_the_last_stretch_is_halved_so_that_as_much_is_learned_as_the_limit_allows(tmp_path: Path) -> None:
+    walk_back = WalkBack(min_retention=0.4, probes={"old": cost_probe()}, points=5, save=False)
+    module, _ = walked(tmp_path, walk_back)
+    # Retention is 0.4 at 0.306: 0.375 and 0.3125 keep too little, 0.28125 enough.
+    assert [point["alpha"] for point in walk_back.path] == [0.0, 0.25, 0.28125, 0.3125, 0.375, 0.5, 0.75, 1.0]
+    assert walk_back.alpha == 0.28125
+    assert module.weight.item() == 4 * 0.28125
+    assert [point["alpha"] for point in walk_back.path if point["chosen"]] == [0.28125]
+
+
+def test_halving_goes_back_where_the_monitor_is_what_is_limited(tmp_path: Path) -> None:
+    walk_back = WalkBack(monitor_limit=5.0, probes={"old": cost_probe()}, points=3, bisections=2, save=False)
+    walked(tmp_path, walk_back)
+    # (4α − 4)² is 5 at 0.441: 0.25 is too far back, and so is 0.375.
+    assert [point["alpha"] for point in walk_back.path] == [0.0, 0.25, 0.375, 0.5, 1.0]
+    assert walk_back.alpha == 0.5
+
+
+def test_each_stretch_of_layers_goes_as_far_as_it_may(tmp_path: Path) -> None:
+    probe = Probe([0, 0], Down(), lambda m, b: 1 + m.layers[0].weight.square().sum())
+    walk_back = WalkBack(min_retention=0.99, probes={"old": probe}, along="depth", points=3, bisections=4, save=False)
+    walked(tmp_path, walk_back, module=Layers())
+    # 1 / (1 + α²) is 0.99 at 0.1005; between there and 1, where all is trained, are 0.5, 0.25, 0.125 and 0.0625.
+    assert walk_back.alpha == {"layer 0": 0.0625, "layer 1": 1.0}
+
+
 def test_the_other_way_round_keeps_most_at_a_monitor_that_is_good_enough(tmp_path: Path) -> None:
     walk_back = WalkBack(monitor_limit=4.1, probes={"old": cost_probe()}, points=5, save=False)
     module, _ = walked(tmp_path, walk_back)
@@ -136,12 +162,12 @@ class Layers(pl.LightningModule):
 
 def test_one_factor_for_each_stretch_of_layers(tmp_path: Path) -> None:
     probe = Probe([0, 0], Down(), lambda m, b: 1 + m.layers[0].weight.square().sum())
-    walk_back = WalkBack(min_retention=0.99, probes={"old": probe}, along="depth", points=3, save=False)
+    walk_back = WalkBack(min_retention=0.99, probes={"old": probe}, along="depth", points=3, bisections=0, save=False)
     module, trainer = walked(tmp_path, walk_back, module=Layers())
     assert walk_back.alpha == {"layer 0": 0.0, "layer 1": 1.0}
     assert [layer.weight.item() for layer in module.layers] == [0.0, 1.0]
     assert trainer.callback_metrics["walk_back/alpha"].item() == 0.5
-    one = WalkBack(min_retention=0.99, probes={"old": probe}, points=3, save=False)
+    one = WalkBack(min_retention=0.99, probes={"old": probe}, points=3, bisections=0, save=False)
     walked(tmp_path, one, module=Layers())
     assert one.alpha == 0.0  # a single factor must give up the new task
 
@@ -154,7 +180,7 @@ def test_what_is_new_stays_as_trained_at_every_point(tmp_path: Path) -> None:
         return 1 + module.layers[0].weight.square().sum()
 
     probe = Probe([0, 0], Down(), watched)
-    walk_back = WalkBack(min_retention=0.99, probes={"old": probe}, points=3, exclude=["layers.1.*"], save=False)
+    walk_back = WalkBack(min_retention=0.99, probes={"old": probe}, points=[0.5], exclude=["layers.1.*"], save=False)
     module, _ = walked(tmp_path, walk_back, module=Layers())
     assert walk_back.alpha == 0.0
     assert [layer.weight.item() for layer in module.layers] == [0.0, 1.0]
@@ -345,6 +371,7 @@ def test_a_monitor_that_is_not_logged_stops_the_run_after_its_first_validation(t
         ({"min_retention": 0.5, "mode": "least"}, "mode='least'"),
         ({"min_retention": 0.5, "points": 1}, "points=1 must be"),
         ({"min_retention": 0.5, "points": [2.0]}, "the factor 2.0"),
+        ({"min_retention": 0.5, "bisections": -1}, "bisections=-1 must not be negative"),
         ({"min_retention": 0.5, "depth_groups": 0}, "depth_groups=0"),
         ({"min_retention": 0.5, "along": "path"}, "along='path' is unknown"),
     ],
@@ -352,6 +379,12 @@ def test_a_monitor_that_is_not_logged_stops_the_run_after_its_first_validation(t
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WalkBack(**arguments)
+
+
+@pytest.mark.parametrize("bisections", [1.5, True, "3"])
+def test_bisections_of_another_type_are_named(bisections: Any) -> None:
+    with pytest.raises(TypeError, match=r"bisections=.* must be an integer"):
+        WalkBack(min_retention=0.5, bisections=bisections)
 
 
 def test_what_cannot_work_is_said_before_training(tmp_path: Path) -> None:

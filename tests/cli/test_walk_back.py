@@ -162,11 +162,16 @@ def test_a_search_takes_the_point_that_keeps_enough(tmp_path: Path, capsys: pyte
     assert "alpha=0.25: new 9, retention 0.3333" in printed
     assert "chosen, on the other half" in printed
     assert_same_tensors(load_file(tmp_path / "new.safetensors"), QUARTER)
+    # 0.3 are kept at 0.27; halved are 0.5, 0.375 and 0.3125.
+    assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("alpha=")] == [
+        f"alpha={alpha}" for alpha in ("0", "0.25", "0.5", "0.75", "1", "0.375", "0.312", "0.281")
+    ]
 
 
 def test_a_search_along_depth_keeps_the_layer_that_costs_nothing(tmp_path: Path) -> None:
     out = tmp_path / "new.safetensors"
-    assert search(tmp_path, "--min-retention", "0.99", "--along", "depth", "--out", str(out)) == 0
+    limits = ("--min-retention", "0.99", "--along", "depth", "--bisections", "0")
+    assert search(tmp_path, *limits, "--out", str(out)) == 0
     found = load_file(out)
     assert torch.equal(found["layers.0.up.weight"], BASE["layers.0.up.weight"])
     assert torch.equal(found["layers.1.up.weight"], TRAINED["layers.1.up.weight"])
@@ -280,6 +285,7 @@ def test_an_adapter_in_a_folder_is_searched_as_it_was_saved(tmp_path: Path, caps
         (["--probe", "text.txt"], "neither"),
         (["--probe", "{here}:old", "--windows", "1"], "--windows 1 is too small"),
         (["--probe", "{here}:old", "--points", "1"], "--points 1 is too small"),
+        (["--probe", "{here}:old", "--bisections", "-1"], "--bisections -1 must not be negative"),
         (["--probe", "{here}:old", "--min-retention", "2"], "--min-retention 2.0 must be in"),
         (["--probe", "{here}:old", "--min-retention", ""], "give --min-retention or --monitor-limit"),
     ],

@@ -69,6 +69,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="what is new, such as a head, and stays as trained at every point; may be given several times",
     )
     parser.add_argument("--points", type=int, default=11, metavar="N", help="factors that are tried (default: 11)")
+    parser.add_argument(
+        "--bisections",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how often the stretch from the best of them to the next, which misses the limit, is halved (default: 3)",
+    )
     parser.add_argument("--windows", type=int, default=32, metavar="N", help="windows of each text (default: 32)")
     add_device(parser)
 
@@ -127,7 +134,7 @@ def _search(args: Namespace, walk: Any) -> Mapping[str, float]:
         say(f"{_shown_briefly(point)}: {name} {point.monitor:.5g}, retention {point.lowest_retention:.4f}")
         return point
 
-    points = list(search(measure, goal, walk.groups, check_points(args.points)))
+    points = list(search(measure, goal, walk.groups, check_points(args.points), args.bisections))
     best = goal.best(points)
     walk.load_into(model, 0.0)
     halves.begin_report()
@@ -153,6 +160,8 @@ def _require_in_range(args: Namespace) -> None:
     ):
         if value < 2:
             raise ValueError(f"{flag} {value} is too small: give at least 2, {reason}")
+    if args.bisections < 0:
+        raise ValueError(f"--bisections {args.bisections} must not be negative; 0 is for the points alone")
 
 
 def _probes(what: str, args: Namespace, flag: str) -> dict[str, Any]:
