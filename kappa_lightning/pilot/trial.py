@@ -180,7 +180,7 @@ def _trial(setup: Setup, spec: Spec, by: Candidate | str) -> Run:
     # The order of the data and dropout must not depend on the numbers that a candidate drew.
     pl.seed_everything(spec.seed, workers=True, verbose=False)
     counter = _Trainable(pretrained)
-    trainer = _trainer(setup, [*callbacks, recorder, counter])
+    trainer = _trainer(setup, callbacks, [recorder, counter])
     with _generators_seeded(data, spec.seed):
         _validate(trainer, module, data)
         if not recorder.validated:
@@ -371,14 +371,16 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _trainer(setup: Setup, callbacks: Sequence[Callback]) -> pl.Trainer:
+def _trainer(setup: Setup, callbacks: Sequence[Callback], behind: Sequence[Callback]) -> pl.Trainer:
+    """A trainer with the user's callbacks between those of the candidate and those that look on."""
     options = {"devices": 1, **setup.trainer}
     given = options.pop("callbacks", None) or []
     own = [one for one in (given if isinstance(given, list | tuple) else [given]) if not isinstance(one, _SHOWING)]
     accumulate = int(options.get("accumulate_grad_batches", 1))
     return pl.Trainer(
         **options,
-        callbacks=[*copy.deepcopy(own), *callbacks],
+        # Averages of weights are set up as copies of the module, which must have the candidate's adapters by then.
+        callbacks=[*callbacks, *copy.deepcopy(own), *behind],
         max_steps=setup.steps,
         max_epochs=-1,
         val_check_interval=math.ceil(setup.steps / setup.evaluations) * accumulate,
@@ -432,7 +434,7 @@ def _way_back(
         elif name in trained and ".lora_" not in name:
             return []
     recorder.measures_all = True
-    trainer = _trainer(setup, [recorder])
+    trainer = _trainer(setup, [], [recorder])
     points = [Point(0.0, recorder.points[0].loss, recorder.points[0].retention)]
     for number in range(1, setup.blends + 1):
         share = number / setup.blends

@@ -4,6 +4,7 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from outside import Plain, number_loaders
 
 from kappa_lightning import KappaFreezeCallback
@@ -111,6 +112,15 @@ def test_lora_with_nothing_to_adapt_is_an_error_and_changes_nothing():
         fit(module, [LoraAdapters(2, include=("*bias",))])
     assert list(module.state_dict()) == keys
     assert all(p.requires_grad for p in module.parameters())
+
+
+def test_lora_behind_averages_of_weights_is_an_error_and_changes_nothing():
+    module = Plain()
+    keys = list(module.state_dict())
+    with pytest.raises(ValueError, match=r"EMAWeightAveraging stands before LoraAdapters.*list it behind"):
+        fit(module, [EMAWeightAveraging(), LoraAdapters(2)])
+    assert list(module.state_dict()) == keys
+    fit(module, [LoraAdapters(2), EMAWeightAveraging()])
 
 
 def test_train_only_gives_back_what_it_froze_and_leaves_what_was_frozen():

@@ -7,7 +7,13 @@ import signal
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from outside import (
     STEPS,
     ImageData,
@@ -94,6 +100,19 @@ def test_adapters_are_walked_back_by_their_product(name):
     assert run.line[0].loss == run.path[0].loss
     losses = [point.loss for point in run.line]
     assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["lora r4", "kappa 0.5", "full"])
+def test_candidates_run_beside_averages_of_weights(name):
+    averaging = EMAWeightAveraging(decay=0.5)
+    setup = setup_of(Plain(), trainer={"accelerator": "cpu", "callbacks": averaging})
+    averaged, plain = (
+        run_trial(given, Spec(name, 0, 5, "all"), candidate(name)) for given in (setup, setup_of(Plain()))
+    )
+    # The average is behind.
+    assert averaged.path[1].loss > plain.path[1].loss
+    assert averaged.path[-1].loss < averaged.path[0].loss
+    assert len(averaged.line) == 3
 
 
 def test_run_that_diverges_is_an_outcome():
