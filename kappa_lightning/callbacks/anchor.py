@@ -68,9 +68,10 @@ class PretrainedAnchor(Keyed):
     A checkpoint holds what trains as it was, and the references, so that a resumed run equals the uninterrupted one.
 
     Args:
-        reference: ``"generated"``, ``"inputs"``, ``"batch"``, a dataloader or list of batches, or the path of saved
-            references; ``"auto"`` is generated text if the module holds a transformers model that can generate, and
-            otherwise the task's batch.
+        reference: ``"generated"``, ``"inputs"``, ``"batch"``, a dataloader or list of batches, the path of saved
+            references, or a :class:`~kappa_lightning.probes.ReferenceInputs`, of which
+            :class:`~kappa_lightning.probes.TaskInputs` is ``"batch"``; ``"auto"`` is generated text if the module
+            holds a transformers model that can generate, and otherwise the task's batch.
         strength: the factor of the divergence; with 0 nothing is added, and the run is bit-identical to one without
             this callback, which then only measures.
         max_divergence: a budget in nats: the strength is raised while D is above it and lowered while it is below, in

@@ -28,6 +28,7 @@ from kappa_lightning.probes.inputs import (
 )
 from kappa_lightning.probes.references import References
 from kappa_lightning.probes.resolving import resolve_reference
+from kappa_lightning.probes.synthesized import SynthesizedInputs
 from kappa_lightning.processes import Processes
 from kappa_lightning.strategies import Share, adapter_for
 
@@ -81,6 +82,13 @@ class AnchorReferences:
                 raise ValueError(
                     f"reference={str(reference)!r} is neither a file nor one of {', '.join(map(repr, _KINDS))}"
                 )
+        elif isinstance(reference, SynthesizedInputs):
+            raise ValueError(
+                "SynthesizedInputs makes its inputs of the task's, which are not read before training starts: make "
+                "them beforehand, and give list(inputs.prepare(module, batches)) as the reference"
+            )
+        elif isinstance(reference, TaskInputs):
+            self.reference, output = "batch", reference.output or output
         elif isinstance(reference, ReferenceInputs):
             self.reference, self._given = "given", reference
         elif isinstance(reference, Iterable) and not isinstance(reference, Iterator):

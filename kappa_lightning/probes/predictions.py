@@ -13,9 +13,10 @@ from kappa_lightning.probes.logits import has_no_forward, transformers_model
 from kappa_lightning.probes.output import Bernoulli, Categorical, OutputDistribution
 
 _HELP = (
-    "say how with a method output_distribution(self, batch) of the module, or with reference=ReferenceInputs(batches, "
-    "output=…) or TaskInputs(output=…), that return a distribution of kappa_lightning.probes.output: Categorical, "
-    "Bernoulli, Gaussian, similarity or Joint"
+    "say how with a method output_distribution(self, batch) of the module, or with a function (module, batch) as "
+    "output= of kappa_lightning.probes.ReferenceInputs or TaskInputs, given as reference=; both return a distribution "
+    "of kappa_lightning.probes.output: Gaussian(self(batch[0]), scale) for a regression, Categorical, Bernoulli, "
+    "similarity or Joint"
 )
 _LABELS = ("labels", "label", "target", "targets", "y")
 

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kappa_lightning import KappaFreezeCallback, PretrainedAnchor
 from kappa_lightning.anchoring.batches import load_batches
+from kappa_lightning.probes import SynthesizedInputs, TaskInputs
 
 TASK = torch.randn(8, 5, generator=torch.Generator().manual_seed(3))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
@@ -490,6 +491,8 @@ def test_recorded_distributions_that_do_not_fit_give_way_to_a_pass(tmp_path: Pat
         ({"divergence": "cross_entropy", "exclude_target": True}, "leaves nothing"),
         ({"exclude_target": True, "top_k": 3}, "leave top_k out"),
         ({"reference": "batch", "source": "recorded"}, "batches to come"),
+        ({"reference": TaskInputs(), "source": "recorded"}, "batches to come"),
+        ({"reference": SynthesizedInputs()}, "SynthesizedInputs makes its inputs of the task's"),
         ({"source": "guess"}, "source='guess' is unknown"),
         ({"every_n_steps": 0}, "every_n_steps=0 must be"),
         ({"weight_pull": -0.1}, "weight_pull=-0.1 must be"),
@@ -510,6 +513,22 @@ def test_auto_is_the_task_batch_where_nothing_generates(tmp_path: Path) -> None:
     anchor = PretrainedAnchor()
     trained(tmp_path, anchor)
     assert anchor.state_dict()["references"]["reference"] == "batch"
+
+
+def test_task_inputs_are_the_task_batch_with_their_own_output(tmp_path: Path) -> None:
+    def twice(module: Any, batch: Any) -> Tensor:
+        return 2 * module(batch[0])
+
+    weights = []
+    for anchor in (
+        PretrainedAnchor(TaskInputs(twice), STRENGTH),
+        PretrainedAnchor("batch", STRENGTH, output=twice),
+        PretrainedAnchor("batch", STRENGTH),
+    ):
+        weights.append(snapshot(trained(tmp_path, anchor)[0]))
+        assert anchor.state_dict()["references"]["reference"] == "batch"
+    assert_same_tensors(weights[0], weights[1])
+    assert not torch.equal(weights[0]["linear.weight"], weights[2]["linear.weight"])
 
 
 def test_what_of_the_task_batch_goes_to_the_model(tmp_path: Path) -> None:
