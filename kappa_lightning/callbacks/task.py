@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer import call
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -153,7 +154,8 @@ def _plain(loader: DataLoader[Any]) -> DataLoader[Any]:
         return loader  # its batches may be its own
     dataset, collate = loader.dataset, loader.collate_fn
     if isinstance(dataset, IterableDataset):
-        return DataLoader(dataset, loader.batch_size, collate_fn=collate, drop_last=loader.drop_last)
+        stream = _beside(dataset)
+        return DataLoader(stream, loader.batch_size, collate_fn=collate, drop_last=loader.drop_last)
     sampler: Any = loader.sampler
     if isinstance(sampler, DistributedSampler):
         sampler = RandomSampler(dataset) if sampler.shuffle else SequentialSampler(dataset)  # type: ignore[arg-type]
@@ -163,6 +165,18 @@ def _plain(loader: DataLoader[Any]) -> DataLoader[Any]:
     if type(batches) is BatchSampler:
         batches = BatchSampler(sampler, batches.batch_size, batches.drop_last)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+
+
+def _beside(dataset: IterableDataset[Any]) -> IterableDataset[Any]:
+    """A copy, since a stream may count in its own attributes how far it was read."""
+    held = [name for name, value in getattr(dataset, "__dict__", {}).items() if isinstance(value, Iterator)]
+    if held:
+        rank_zero_warn(
+            f"{type(dataset).__name__} holds an iterator ({', '.join(held)}): if it reads on from there, training does "
+            "not see the batches that are read now. Make the iterator in __iter__, or give a profile= that was "
+            "measured on other batches"
+        )
+    return copy.copy(dataset)
 
 
 def generators_of(loaders: Any) -> list[torch.Generator]:

@@ -19,7 +19,7 @@ from tiny import (
     trainable,
 )
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from kappa_lightning import KappaFreezeCallback, KappaProfile, SensitivityFreezeCallback, SensitivityProfile
 from kappa_lightning.probes import Gaussian, TaskInputs
@@ -32,7 +32,7 @@ def shuffled(generator=None, **options):
 
 def fit(root, module, *callbacks, data=None, ckpt_path=None, **options):
     trainer = make_trainer(root, *callbacks, **options)
-    trainer.fit(module, data or loader(), ckpt_path=ckpt_path)
+    trainer.fit(module, loader() if data is None else data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -61,6 +61,41 @@ def test_choice_is_that_of_the_profile_of_the_untrained_module(tmp_path):
     assert sorted(callback.trained_names) == sorted(callback.selected_names) == sorted(trainable(module))
     assert sorted(*grouped_names(module, module.made[0])) == sorted(callback.trained_names)
     assert "embed.weight" in callback.frozen_names
+
+
+class Counted(IterableDataset):
+    """A stream that goes on from where it was read last."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        tokens, labels = loader().dataset.tensors
+        while self.at < len(tokens):
+            self.at += 1
+            yield tokens[self.at - 1], labels[self.at - 1]
+
+
+class Held(Counted):
+    def __init__(self):
+        super().__init__()
+        self.lines = super().__iter__()
+
+    def __iter__(self):
+        return self.lines
+
+
+def test_stream_that_counts_how_far_it_was_read_loses_nothing(tmp_path):
+    plain = fit(tmp_path, TinyNet(), data=DataLoader(Counted(), 8), max_epochs=1)
+    callback = SensitivityFreezeCallback(num_tensors=2)
+    trainer = fit(tmp_path, TinyNet(), callback, data=DataLoader(Counted(), 8), max_epochs=1)
+    assert trainer.global_step == plain.global_step > 1
+    assert len(callback.profile) == 3
+
+
+def test_stream_that_holds_an_iterator_is_named(tmp_path):
+    with pytest.warns(UserWarning, match=r"Held holds an iterator \(lines\): if it reads on from there"):
+        fit(tmp_path, TinyNet(), SensitivityFreezeCallback(num_tensors=2), data=DataLoader(Held(), 8), max_epochs=1)
 
 
 def test_without_a_budget_the_set_of_least_predicted_forgetting_trains(tmp_path):
