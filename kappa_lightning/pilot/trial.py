@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,6 @@ from lightning.pytorch.callbacks import (
     ModelSummary,
     ProgressBar,
 )
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -35,6 +34,7 @@ from kappa_lightning.pilot.adaptation import Point, factor_of
 from kappa_lightning.pilot.candidates import Candidate, candidate
 from kappa_lightning.pilot.given import made_by, probes_of
 from kappa_lightning.pilot.halves import Half, half_of
+from kappa_lightning.pilot.nowhere import Nowhere
 from kappa_lightning.pilot.rates import RateFactor
 from kappa_lightning.probes import Probe
 from kappa_lightning.restoring import environment_restored, interruptible, random_numbers_restored
@@ -157,14 +157,20 @@ def run_trial(setup: Setup, spec: Spec, by: Candidate | str) -> Run:
             other error has a note that names the candidate.
     """
     try:
-        with random_numbers_restored(), environment_restored(*SEEDS), quiet(), interruptible():
-            return _trial(setup, spec, by)
+        with (
+            random_numbers_restored(),
+            environment_restored(*SEEDS),
+            quiet(),
+            interruptible(),
+            closing(Nowhere()) as log,
+        ):
+            return _trial(setup, spec, by, log)
     except Exception as error:
         error.add_note(f"in a run of the candidate {spec.candidate!r}")
         raise
 
 
-def _trial(setup: Setup, spec: Spec, by: Candidate | str) -> Run:
+def _trial(setup: Setup, spec: Spec, by: Candidate | str, log: Nowhere) -> Run:
     started = time.perf_counter()
     if isinstance(by, str):
         by = candidate(by, always_train=setup.always_train, exclude=setup.exclude, seed=setup.draw)
@@ -180,7 +186,7 @@ def _trial(setup: Setup, spec: Spec, by: Candidate | str) -> Run:
     # The order of the data and dropout must not depend on the numbers that a candidate drew.
     pl.seed_everything(spec.seed, workers=True, verbose=False)
     counter = _Trainable(pretrained)
-    trainer = _trainer(setup, callbacks, [recorder, counter])
+    trainer = _trainer(setup, callbacks, [recorder, counter], log)
     with _generators_seeded(data, spec.seed):
         _validate(trainer, module, data)
         if not recorder.validated:
@@ -194,7 +200,7 @@ def _trial(setup: Setup, spec: Spec, by: Candidate | str) -> Run:
                 "the train dataloader gives no batch: give it more data, or a smaller batch_size where it has drop_last"
             )
         path = list(recorder.points)
-        line = _way_back(setup, pretrained, module, data, recorder, counter.names)
+        line = _way_back(setup, pretrained, module, data, recorder, counter.names, log)
     if path[-1].position < setup.steps and line and math.isfinite(path[-1].loss):
         path.append(Point(float(setup.steps), line[-1].loss, line[-1].retention))
     run = Run(
@@ -371,7 +377,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _trainer(setup: Setup, callbacks: Sequence[Callback], behind: Sequence[Callback]) -> pl.Trainer:
+def _trainer(setup: Setup, callbacks: Sequence[Callback], behind: Sequence[Callback], log: Nowhere) -> pl.Trainer:
     """A trainer with the user's callbacks between those of the candidate and those that look on."""
     options = {"devices": 1, **setup.trainer}
     given = options.pop("callbacks", None) or []
@@ -386,8 +392,8 @@ def _trainer(setup: Setup, callbacks: Sequence[Callback], behind: Sequence[Callb
         val_check_interval=math.ceil(setup.steps / setup.evaluations) * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        # A module may call its logger's own methods.
-        logger=DummyLogger(),
+        # A module may call its logger's own methods, and write into trainer.log_dir.
+        logger=log,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -416,6 +422,7 @@ def _way_back(
     data: Data,
     recorder: Recorder,
     trained: frozenset[str],
+    log: Nowhere,
 ) -> list[Point]:
     """The points (1 − a)·pretrained + a·trained for a = 0, …, 1; none if the run has diverged or there is no way."""
     if not setup.blends or not math.isfinite(recorder.points[-1].loss):
@@ -434,7 +441,7 @@ def _way_back(
         elif name in trained and ".lora_" not in name:
             return []
     recorder.measures_all = True
-    trainer = _trainer(setup, [], [recorder])
+    trainer = _trainer(setup, [], [recorder], log)
     points = [Point(0.0, recorder.points[0].loss, recorder.points[0].retention)]
     for number in range(1, setup.blends + 1):
         share = number / setup.blends

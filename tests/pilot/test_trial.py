@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -206,13 +207,15 @@ def test_module_with_a_monitored_schedule_its_own_logging_and_the_users_callback
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
             self.logger.experiment.add_scalar("batch", batch_idx, self.global_step)
+            folders.append(Path(self.trainer.log_dir))
+            (folders[-1] / "batch.txt").write_text(str(batch_idx))
 
         def configure_optimizers(self):
             optimizer = torch.optim.Adam(self.parameters(), lr=0.02)
             schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
 
-    epochs = []
+    epochs, folders = [], []
 
     class Counting(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -228,6 +231,8 @@ def test_module_with_a_monitored_schedule_its_own_logging_and_the_users_callback
     assert [point.position for point in run.path] == [0, STEPS]
     assert epochs[0] == 0
     assert list(tmp_path.iterdir()) == []
+    assert len(set(folders)) == 1
+    assert not folders[0].exists()
 
 
 @pytest.mark.parametrize(
