@@ -118,7 +118,7 @@ def fit_with_nan(name: str, root: Path, where: str) -> Any:
 @pytest.mark.parametrize("where", Net.MATRICES)
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_nan_in_the_share_of_one_process_stops_all_with_its_name(tmp_path: Path, name: str, where: str) -> None:
-    results = on_ranks(fit_with_nan, name, tmp_path, where, timeout=20)
+    results = on_ranks(fit_with_nan, name, tmp_path, where, timeout=60)
     assert all(f"{where} has entries that are NaN" in message for message, _ in results)
     assert sum("so this one stops, too" in message for message, _ in results) == 1
     assert all(names == list(dict(Net().named_parameters())) for _, names in results)
@@ -169,14 +169,14 @@ def test_file_of_another_model_stops_all_processes(tmp_path: Path, name: str) ->
     other.up.weight.data += 1
     KappaProfile.from_model(other, progress=False).save(path)
     with pytest.raises(RankFailed, match=r"(?s)rank 0: .*content of up.weight differs.*rank 1: .*content of up.weight"):
-        on_ranks(with_file, name, tmp_path, path, timeout=20)
+        on_ranks(with_file, name, tmp_path, path, timeout=60)
 
 
 def test_corrupt_file_stops_all_processes(tmp_path: Path) -> None:
     path = tmp_path / "kappa.json"
     path.write_text('{"format": ')
     with pytest.raises(RankFailed, match=r"(?s)rank 0: .*truncated.*rank 1: .*rank 0 failed.*truncated"):
-        on_ranks(with_file, "ddp", tmp_path, path, timeout=20)
+        on_ranks(with_file, "ddp", tmp_path, path, timeout=60)
 
 
 def interrupted(root: Path, path: Path) -> None:

@@ -236,7 +236,7 @@ def failing_on_one() -> Probe:
 
 def test_step_that_fails_on_one_process_stops_all_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(RankFailed) as failure:
-        on_ranks(evaluate_with, "ddp", tmp_path, failing_on_one, timeout=20)
+        on_ranks(evaluate_with, "ddp", tmp_path, failing_on_one, timeout=60)
     of_first, of_second = str(failure.value).split("rank 1: Traceback")
     assert "RuntimeError: the process of rank 1 failed, so this one stops, too: ArithmeticError: no such" in of_first
     assert of_first.rstrip().endswith("in ForgettingEval's probe 'old'")

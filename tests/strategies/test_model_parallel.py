@@ -195,4 +195,4 @@ def with_other_candidates(root: Path) -> None:
 
 def test_processes_with_other_candidates_stop_before_they_read_each_others_shards(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match=r"do not profile the same tensors, up\.weight first"):
-        on_ranks(with_other_candidates, tmp_path, timeout=20)
+        on_ranks(with_other_candidates, tmp_path, timeout=60)
