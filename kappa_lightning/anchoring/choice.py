@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+_FINEST = 1e-6
+"""Factors that differ by less are the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -89,17 +92,29 @@ class Goal:
         """The best point; where none satisfies the demand, the one that comes nearest. Of equals the most trained."""
         return max(points, key=self._rank)
 
-    def limit_beside(self, points: Sequence[Point]) -> Point | None:
-        """The nearest point to the best one that would be better yet but misses the demand.
+    def stretch(self, points: Sequence[Point]) -> tuple[Point, Point] | None:
+        """The last point that satisfies the demand and the next one that misses it, on the way to what would be better.
 
-        Between the two lies the best point of all, as long as both figures change steadily along the way. ``None`` if
-        the best point misses the demand itself, or if there is no such point.
+        The way goes from the best point to the nearest that is no worse than it but for missing the demand. Where both
+        figures change steadily along it, the best point of all lies between the two.
+
+        Returns:
+            ``None`` if the best point misses the demand itself, or if nothing that misses it would be better.
         """
         best = self.best(points)
         if not self.is_met(best):
             return None
-        beyond = [point for point in points if not self.is_met(point) and self._other(point) > self._other(best)]
-        return min(beyond, key=partial(_distance, best), default=None)
+        beyond = [
+            point
+            for point in points
+            if not self.is_met(point) and self._other(point) >= self._other(best) and _distance(best, point) > _FINEST
+        ]
+        if not beyond:
+            return None
+        end = min(beyond, key=partial(_distance, best))
+        way = {place: point for point in points if (place := _place(best, end, point)) is not None}
+        missed = min(place for place, point in way.items() if not self.is_met(point))
+        return way[max(place for place in way if place < missed)], way[missed]
 
     def _other(self, point: Point) -> float:
         """The figure that is not demanded, higher being better."""
@@ -131,8 +146,8 @@ def search(
         goal: decides which is best.
         groups: the names of the factors.
         points: the values that a factor takes.
-        bisections: how often the way from the best point to the nearest that would be better yet, but misses the
-            demand, is halved.
+        bisections: how often the stretch between the best of these points and the next one, which misses the demand,
+            is halved; see :meth:`Goal.stretch`.
 
     Yields:
         Every point that was measured, as it comes: ``len(points)``, with several groups
@@ -154,13 +169,14 @@ def search(
             if value != best.factors[group]:
                 seen.append(measure({**best.factors, group: value}))
                 yield seen[-1]
+    stretch = goal.stretch(seen) if bisections else None
     for _ in range(bisections):
-        limit = goal.limit_beside(seen)
-        if limit is None:
+        if stretch is None or _distance(*stretch) < _FINEST:
             return
-        best = goal.best(seen)
-        seen.append(measure({group: (best.factors[group] + limit.factors[group]) / 2 for group in groups}))
-        yield seen[-1]
+        met, missed = stretch
+        middle = measure({group: (met.factors[group] + missed.factors[group]) / 2 for group in groups})
+        yield middle
+        stretch = (middle, missed) if goal.is_met(middle) else (met, middle)
 
 
 def on_the_line(points: Sequence[Point]) -> list[Point]:
@@ -175,6 +191,16 @@ def num_points(num_groups: int, num_values: int, bisections: int = 0) -> int:
 
 def _distance(one: Point, other: Point) -> float:
     return max(abs(one.factors[group] - other.factors[group]) for group in one.factors)
+
+
+def _place(start: Point, end: Point, point: Point) -> float | None:
+    """Where a point lies on the straight way from one to another, in [0, 1]; ``None`` if it does not."""
+    way = {group: end.factors[group] - factor for group, factor in start.factors.items()}
+    done = {group: point.factors[group] - factor for group, factor in start.factors.items()}
+    longest = max(way, key=lambda group: abs(way[group]))
+    place = done[longest] / way[longest]
+    straight = all(abs(done[group] - place * way[group]) < _FINEST for group in way)
+    return place if straight and 0 <= place <= 1 else None
 
 
 def check_points(points: int | Sequence[float]) -> tuple[float, ...]:

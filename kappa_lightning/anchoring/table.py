@@ -33,11 +33,11 @@ def walk_table(points: Sequence[Point], best: Point, reports: Reports, goal: Goa
     for point in line if best in line else [*line, best]:
         mark = "chosen" if point is best else ""
         kept = [f"{value:.4f}" for value in point.retention.values()]
-        table.add_row(f"{point.alpha:.3g}", f"{point.monitor:.5g}", *kept, mark)
+        table.add_row(f"{point.alpha:.6g}", f"{point.monitor:.5g}", *kept, mark)
     for label, retention in reports.items():
         kept = [f"{value:.4f}" for value in retention.values()]
         table.add_row("", "", *kept, f"{label}, on the other half")
     text = render(table)
     if len(best.factors) > 1:
-        text += "\n" + ", ".join(f"{group}: {factor:.3g}" for group, factor in best.factors.items())
+        text += "\n" + ", ".join(f"{group}: {factor:.6g}" for group, factor in best.factors.items())
     return text

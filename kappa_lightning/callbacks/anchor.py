@@ -27,7 +27,7 @@ from kappa_lightning.callbacks.pretrained import PretrainedKeeper
 from kappa_lightning.callbacks.reporting import log_scalars, log_text
 from kappa_lightning.callbacks.stopwatch import Stopwatch
 from kappa_lightning.callbacks.unseen_steps import UnseenSteps
-from kappa_lightning.probes.inputs import Output
+from kappa_lightning.probes.inputs import Output, ReferenceInputs
 from kappa_lightning.restoring import random_numbers_restored
 from kappa_lightning.strategies import adapter_for
 from kappa_lightning.weights import plain_parameters
@@ -127,7 +127,11 @@ class PretrainedAnchor(Keyed):
 
     def __init__(
         self,
-        reference: Literal["auto", "generated", "inputs", "batch"] | str | os.PathLike[str] | Iterable[Any] = "auto",
+        reference: Literal["auto", "generated", "inputs", "batch"]
+        | str
+        | os.PathLike[str]
+        | Iterable[Any]
+        | ReferenceInputs = "auto",
         strength: float = 1.0,
         *,
         max_divergence: float | None = None,

@@ -28,7 +28,6 @@ from kappa_lightning.probes.inputs import (
 )
 from kappa_lightning.probes.references import References
 from kappa_lightning.probes.resolving import resolve_reference
-from kappa_lightning.probes.synthesized import SynthesizedInputs
 from kappa_lightning.processes import Processes
 from kappa_lightning.strategies import Share, adapter_for
 
@@ -52,7 +51,7 @@ class AnchorReferences:
 
     def __init__(
         self,
-        reference: str | os.PathLike[str] | Iterable[Any],
+        reference: str | os.PathLike[str] | Iterable[Any] | ReferenceInputs,
         *,
         kind: Kind,
         exclude_target: bool,
@@ -82,12 +81,12 @@ class AnchorReferences:
                 raise ValueError(
                     f"reference={str(reference)!r} is neither a file nor one of {', '.join(map(repr, _KINDS))}"
                 )
-        elif isinstance(reference, SynthesizedInputs):
-            raise ValueError(
-                "SynthesizedInputs makes its inputs of the task's, which are not read before training starts: make "
-                "them beforehand, and give list(inputs.prepare(module, batches)) as the reference"
-            )
         elif isinstance(reference, TaskInputs):
+            if reference.__class__ is not TaskInputs:
+                raise ValueError(
+                    f"{type(reference).__name__} makes its inputs of the task's, which are not read before training "
+                    "starts: make them beforehand, and give list(inputs.prepare(module, batches)) as the reference"
+                )
             self.reference, output = "batch", reference.output or output
         elif isinstance(reference, ReferenceInputs):
             self.reference, self._given = "given", reference

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -133,8 +134,9 @@ def train_batches(trainer: pl.Trainer, count: int, seed: int, processes: Process
         # Lightning asks for it again when the training begins, and would deal its samples out.
         loaders = trainer.fit_loop._data_source.dataloader()
         with _generators_restored(loaders):
-            plain = tree_map_only(DataLoader, _plain, loaders)
-            combined = plain if isinstance(plain, CombinedLoader) else CombinedLoader(plain, "max_size_cycle")
+            given = isinstance(loaders, CombinedLoader)
+            plain = tree_map_only(DataLoader, _plain, loaders.iterables if given else loaders)
+            combined = CombinedLoader(plain, loaders._mode if given else "max_size_cycle")
             iter(combined)
             batches = [batch for batch, _, _ in islice(combined, count)]
     if processes.world_size > 1:
@@ -151,6 +153,11 @@ def train_batches(trainer: pl.Trainer, count: int, seed: int, processes: Process
 def _plain(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A dataloader of the same batches that has no workers and deals no samples out."""
     if type(loader) is not DataLoader:
+        if isinstance(loader.dataset, IterableDataset):
+            rank_zero_warn(
+                f"{type(loader).__name__} reads a stream: if it goes on from where it was read last, training does not "
+                "see the batches that are read now. Give a profile= that was measured on other batches"
+            )
         return loader  # its batches may be its own
     dataset, collate = loader.dataset, loader.collate_fn
     if isinstance(dataset, IterableDataset):
@@ -168,15 +175,44 @@ def _plain(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def _beside(dataset: IterableDataset[Any]) -> IterableDataset[Any]:
-    """A copy, since a stream may count in its own attributes how far it was read."""
-    held = [name for name, value in getattr(dataset, "__dict__", {}).items() if isinstance(value, Iterator)]
+    """A copy to read from, since a stream may count in its own attributes, or draw from its own generator.
+
+    Streams that it wraps are copied, too. What cannot be copied, such as an open file, is shared with the stream.
+    """
+    values = _attributes(dataset)
+    held = [name for name, value in values.items() if isinstance(value, Iterator)]
     if held:
         rank_zero_warn(
             f"{type(dataset).__name__} holds an iterator ({', '.join(held)}): if it reads on from there, training does "
             "not see the batches that are read now. Make the iterator in __iter__, or give a profile= that was "
             "measured on other batches"
         )
-    return copy.copy(dataset)
+    # Not by copy.copy, which asks for what is to be pickled.
+    beside: IterableDataset[Any] = object.__new__(type(dataset))
+    for name, value in values.items():
+        object.__setattr__(beside, name, _copied(value))
+    return beside
+
+
+def _attributes(thing: Any) -> dict[str, Any]:
+    slots = (name for kind in type(thing).__mro__ for name in _names(getattr(kind, "__slots__", ())))
+    return {**{name: getattr(thing, name) for name in slots if hasattr(thing, name)}, **vars(thing)}
+
+
+def _names(slots: str | Iterable[str]) -> list[str]:
+    names = [slots] if isinstance(slots, str) else list(slots)
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, IterableDataset):
+        return _beside(value)
+    if isinstance(value, torch.Generator):
+        return torch.Generator(value.device).set_state(value.get_state())
+    if isinstance(value, random.Random | np.random.Generator | np.random.RandomState):
+        return copy.deepcopy(value)
+    # One level: what they hold may be the data.
+    return copy.copy(value) if type(value) in (dict, list, set, deque) else value
 
 
 def generators_of(loaders: Any) -> list[torch.Generator]:

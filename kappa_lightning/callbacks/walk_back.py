@@ -62,9 +62,9 @@ class WalkBack(Keyed):
         along: one factor for ``"all"`` tensors, one for each ``"role"`` or for each stretch of ``"depth"``, or
             ``"singular_values"``, which drops the small singular values of each update instead.
         points: how many points, evenly spaced, or the factors themselves.
-        bisections: how often the stretch between the best of these points and the next one, which misses the limit,
-            is halved, so that as much is learned or kept as the limit allows; by default 3, and 0 where ``points``
-            gives the factors themselves.
+        bisections: how often the stretch behind the best of these points, up to the next one that misses the limit
+            on the way to what would be better, is halved, so that as much is learned or kept as the limit allows; by
+            default 3, and 0 where ``points`` gives the factors themselves.
         depth_groups: the number of stretches.
         exclude: globs of what is new, such as a head or a projector, and stays as trained at every point: it has no
             pretrained weights to go back to.
@@ -261,6 +261,7 @@ class WalkBack(Keyed):
             "probes": self.probes,
             "along": self.along,
             "points": self.points,
+            "bisections": self.bisections,
             "every_n_epochs": self.every_n_epochs,
         }
         return f"WalkBack({', '.join(f'{name}={value!r}' for name, value in shown.items() if value is not None)})"
@@ -314,7 +315,7 @@ class WalkBack(Keyed):
         self._show(trainer, points, best)
         if stay and self.save and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.checkpoint_path = self._file(trainer)
-            trainer.save_checkpoint(self.checkpoint_path)
+            trainer.save_checkpoint(self.checkpoint_path, weights_only=False)
 
     def _measured(
         self, trainer: pl.Trainer, module: pl.LightningModule, path: WalkPath, probes: HalvedProbes
@@ -359,7 +360,7 @@ class WalkBack(Keyed):
             rank_zero_info(walk_table(points, best, self.report, self.goal, monitor=name))
         if not self.goal.is_met(best):
             rank_zero_warn(
-                f"WalkBack: no point of the way has {self.goal}; the one that comes nearest is alpha={best.alpha:.3g} "
+                f"WalkBack: no point of the way has {self.goal}; the one that comes nearest is alpha={best.alpha:.6g} "
                 f"with retention {best.lowest_retention:.4f} and {name} {best.monitor:.4g}"
             )
 

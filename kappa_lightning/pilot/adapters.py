@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from typing_extensions import override
 
@@ -42,8 +42,8 @@ class LoraAdapters(Callback):
         adapted: the names of the weights that got an adapter, after fit start.
 
     Raises:
-        ValueError: if an argument is out of range; when fit starts, if a pattern matches no parameter, no layer that
-            can be adapted is left, or a ``WeightAveraging`` stands before this one. The module is as it was then.
+        ValueError: if an argument is out of range; when fit starts, if a pattern matches no parameter, or no layer
+            that can be adapted is left. The module is as it was then.
     """
 
     def __init__(
@@ -78,14 +78,6 @@ class LoraAdapters(Callback):
             return
         from peft import LoraConfig, inject_adapter_in_model
 
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        before = callbacks[: callbacks.index(self)]
-        averaging = next((other for other in before if isinstance(other, WeightAveraging)), None)
-        if averaging is not None:
-            raise ValueError(
-                f"{type(averaging).__name__} stands before LoraAdapters, and has made its copy of the module without "
-                "adapters: list it behind"
-            )
         parameters = plain_parameters(pl_module)
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         always = match_parameters(pl_module, self.always_train, argument="always_train") & trained
@@ -116,6 +108,11 @@ class LoraAdapters(Callback):
                 parameter.requires_grad_(True)
         self.adapted = names
         self._module = weakref.ref(pl_module)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks[: callbacks.index(self)]:
+            if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+                # It has copied the module without adapters.
+                other.setup(trainer, pl_module, stage)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_module": None}

@@ -43,6 +43,8 @@ def entries_of(
     entries = []
     for name in names:
         runs = _runs_of(course, name)
+        # What raised took a time that is not known.
+        times = [run.seconds for run in runs if run.spec not in course.raised]
         for walked in (False, True):
             if (name, walked) in readings:
                 stage, seen = "confirmed", readings[name, walked]
@@ -74,7 +76,7 @@ def entries_of(
                     factor=math.nan if step is None else factor_of(_median_step(course, name, step)),
                     share=position if walked else 1.0,
                     trainable=runs[0].trainable if runs else 0,
-                    seconds=sum(run.seconds for run in runs) / len(runs) if runs else math.nan,
+                    seconds=sum(times) / len(times) if times else math.nan,
                     lowest_loss=min((lowest_loss(run.path) for run in runs), default=math.nan),
                     p=math.nan if verdict is None else verdict.p,
                     in_set=verdict is not None and verdict.in_set,
@@ -140,9 +142,7 @@ def _with_factor(
 
 def _runs_of(course: Course, name: str) -> list[Run]:
     outcomes = course.confirmed.get(name) or course.raced.get(name) or {}
-    runs = [outcome.run for outcome in outcomes.values()] or list(course.searches.get(name, {}).values())
-    # What raised took a time that is not known.
-    return [run for run in runs if run.spec not in course.raised]
+    return [outcome.run for outcome in outcomes.values()] or list(course.searches.get(name, {}).values())
 
 
 def paths_of(course: Course) -> dict[str, list[Any]]:

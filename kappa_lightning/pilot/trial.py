@@ -22,6 +22,8 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelSummary,
     ProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
 )
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -29,7 +31,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from kappa_lightning.callbacks.evaluation import evaluate
+from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.task import generators_of
+from kappa_lightning.callbacks.trainer import callbacks_of
 from kappa_lightning.pilot.adaptation import Point, factor_of
 from kappa_lightning.pilot.candidates import Candidate, candidate
 from kappa_lightning.pilot.given import made_by, probes_of
@@ -186,7 +190,7 @@ def _trial(setup: Setup, spec: Spec, by: Candidate | str, log: Nowhere) -> Run:
     # The order of the data and dropout must not depend on the numbers that a candidate drew.
     pl.seed_everything(spec.seed, workers=True, verbose=False)
     counter = _Trainable(pretrained)
-    trainer = _trainer(setup, callbacks, [recorder, counter], log)
+    trainer = _trainer(setup, [*callbacks, recorder, counter], log)
     with _generators_seeded(data, spec.seed):
         _validate(trainer, module, data)
         if not recorder.validated:
@@ -268,6 +272,12 @@ class Recorder(Callback):
         self.measured: list[dict[str, float]] = []
         self.logged: dict[str, Tensor] = {}
         self.measures_all = False
+        self._averaged: dict[str, float] | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Whose averages are in the module while validation runs, up to its own on_validation_epoch_end.
+        move_before(trainer, self, WeightAveraging)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -286,6 +296,15 @@ class Recorder(Callback):
         trainer.callback_metrics.update({name: value for name, value in self.logged.items() if name in wanted})
 
     @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The loss is that of the averages, so what is kept must be, too.
+        self._averaged = None
+        if trainer.state.fn == TrainerFn.FITTING and callbacks_of(trainer, WeightAveraging):
+            loss = trainer.callback_metrics.get(self.monitor)
+            if loss is None or math.isfinite(loss):
+                self._averaged = self._retention(trainer, pl_module)
+
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
@@ -298,9 +317,14 @@ class Recorder(Callback):
             if self.measures_all:
                 self.measured.append(self._retention(trainer, pl_module))
             return
-        done = (trainer.fit_loop.total_batch_idx + 1) / trainer.accumulate_grad_batches
-        kept = dict.fromkeys(self.probes, 0.0) if loss == math.inf else self._retention(trainer, pl_module)
-        self.points.append(Point(done, loss, kept))
+        # With manual optimization a step is a batch, however many optimizers make theirs in it.
+        automatic = pl_module.automatic_optimization
+        done = trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1
+        if loss == math.inf:
+            kept = dict.fromkeys(self.probes, 0.0)
+        else:
+            kept = self._averaged or self._retention(trainer, pl_module)
+        self.points.append(Point(float(done), loss, kept))
         if loss == math.inf:
             trainer.should_stop = True
 
@@ -377,16 +401,17 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _trainer(setup: Setup, callbacks: Sequence[Callback], behind: Sequence[Callback], log: Nowhere) -> pl.Trainer:
-    """A trainer with the user's callbacks between those of the candidate and those that look on."""
-    options = {"devices": 1, **setup.trainer}
-    given = options.pop("callbacks", None) or []
-    own = [one for one in (given if isinstance(given, list | tuple) else [given]) if not isinstance(one, _SHOWING)]
+def own_callbacks(setup: Setup) -> list[Callback]:
+    """The user's, but for those that only show or save something."""
+    given = setup.trainer.get("callbacks") or []
+    return [one for one in (given if isinstance(given, list | tuple) else [given]) if not isinstance(one, _SHOWING)]
+
+
+def _trainer(setup: Setup, callbacks: Sequence[Callback], log: Nowhere) -> pl.Trainer:
+    options = {"devices": 1, **setup.trainer, "callbacks": [*copy.deepcopy(own_callbacks(setup)), *callbacks]}
     accumulate = int(options.get("accumulate_grad_batches", 1))
     return pl.Trainer(
         **options,
-        # Averages of weights are set up as copies of the module, which must have the candidate's adapters by then.
-        callbacks=[*callbacks, *copy.deepcopy(own), *behind],
         max_steps=setup.steps,
         max_epochs=-1,
         val_check_interval=math.ceil(setup.steps / setup.evaluations) * accumulate,
@@ -441,13 +466,15 @@ def _way_back(
         elif name in trained and ".lora_" not in name:
             return []
     recorder.measures_all = True
-    trainer = _trainer(setup, [], [recorder], log)
+    # What averages weights puts the averages into the module behind the last evaluation.
+    averages = any(isinstance(one, WeightAveraging | StochasticWeightAveraging) for one in own_callbacks(setup))
+    trainer = _trainer(setup, [recorder], log)
     points = [Point(0.0, recorder.points[0].loss, recorder.points[0].retention)]
     for number in range(1, setup.blends + 1):
         share = number / setup.blends
         for name, (first, last) in ends.items():
             state[name].copy_(torch.lerp(first, last, share))
-        if number == setup.blends and recorder.points[-1].position == setup.steps:
+        if number == setup.blends and recorder.points[-1].position == setup.steps and not averages:
             points.append(replace(recorder.points[-1], position=1.0))
             break
         _validate(trainer, module, data)

@@ -42,6 +42,10 @@ OLD = torch.randn(6, 5, generator=torch.Generator().manual_seed(4))
 LR, STRENGTH = 0.3, 2.0
 
 
+class OwnInputs(TaskInputs):
+    """May do anything with the task's batches."""
+
+
 class Softmax(pl.LightningModule):
     """Softmax regression in float64, whose gradients fit on a line."""
 
@@ -493,6 +497,7 @@ def test_recorded_distributions_that_do_not_fit_give_way_to_a_pass(tmp_path: Pat
         ({"reference": "batch", "source": "recorded"}, "batches to come"),
         ({"reference": TaskInputs(), "source": "recorded"}, "batches to come"),
         ({"reference": SynthesizedInputs()}, "SynthesizedInputs makes its inputs of the task's"),
+        ({"reference": OwnInputs()}, "OwnInputs makes its inputs of the task's"),
         ({"source": "guess"}, "source='guess' is unknown"),
         ({"every_n_steps": 0}, "every_n_steps=0 must be"),
         ({"weight_pull": -0.1}, "weight_pull=-0.1 must be"),

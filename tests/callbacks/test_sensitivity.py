@@ -1,10 +1,12 @@
 """SensitivityFreezeCallback in a Trainer: what it chooses, and that measuring leaves no trace."""
 
+import threading
 import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from tiny import (
     Spy,
     TinyNet,
@@ -76,6 +78,25 @@ class Counted(IterableDataset):
             yield tokens[self.at - 1], labels[self.at - 1]
 
 
+class Wrapped(IterableDataset):
+    """Counts in a dict, and draws from a generator of its own, around another stream that counts."""
+
+    __slots__ = ("seen",)
+
+    def __init__(self):
+        self.stream, self.state, self.generator, self.seen = Counted(), {"at": 0}, torch.Generator(), []
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        raise TypeError("a live connection")
+
+    def __iter__(self):
+        for tokens, labels in self.stream:
+            self.state["at"] += 1
+            self.seen.append((self.state["at"], torch.rand((), generator=self.generator).item()))
+            yield tokens, labels
+
+
 class Held(Counted):
     def __init__(self):
         super().__init__()
@@ -85,17 +106,48 @@ class Held(Counted):
         return self.lines
 
 
-def test_stream_that_counts_how_far_it_was_read_loses_nothing(tmp_path):
-    plain = fit(tmp_path, TinyNet(), data=DataLoader(Counted(), 8), max_epochs=1)
-    callback = SensitivityFreezeCallback(num_tensors=2)
-    trainer = fit(tmp_path, TinyNet(), callback, data=DataLoader(Counted(), 8), max_epochs=1)
-    assert trainer.global_step == plain.global_step > 1
-    assert len(callback.profile) == 3
+def loaders_of(stream):
+    return DataLoader(stream(), 8)
 
 
-def test_stream_that_holds_an_iterator_is_named(tmp_path):
-    with pytest.warns(UserWarning, match=r"Held holds an iterator \(lines\): if it reads on from there"):
-        fit(tmp_path, TinyNet(), SensitivityFreezeCallback(num_tensors=2), data=DataLoader(Held(), 8), max_epochs=1)
+def combined_of(stream):
+    return CombinedLoader([DataLoader(stream(), 8)], "min_size")
+
+
+class First(TinyNet):
+    """Of what a combined loader gives it takes the first batch."""
+
+    def loss(self, batch):
+        return super().loss(batch[0] if isinstance(batch[0], list) else batch)
+
+    def forward(self, tokens):
+        return super().forward(tokens[0] if isinstance(tokens, list) else tokens)
+
+
+@pytest.mark.parametrize("stream", [Counted, Wrapped])
+@pytest.mark.parametrize("data_of", [loaders_of, combined_of])
+def test_stream_that_counts_how_far_it_was_read_loses_nothing(tmp_path, stream, data_of):
+    plain, data = First(), data_of(stream)
+    steps = fit(tmp_path, plain, data=data, max_epochs=1).global_step
+    callback, module, again = everything(method="gradient"), First(), data_of(stream)
+    assert fit(tmp_path, module, callback, data=again, max_epochs=1).global_step == steps == 3
+    assert len(callback.profile) == 4
+    assert_same_tensors(snapshot(module), snapshot(plain))
+    if stream is Wrapped:
+        one, other = (getattr(each, "flattened", [each])[0].dataset for each in (data, again))
+        assert one.seen == other.seen
+
+
+def test_stream_that_cannot_be_copied_is_named(tmp_path):
+    class Own(DataLoader):
+        pass
+
+    for data, message in (
+        (DataLoader(Held(), 8), r"Held holds an iterator \(lines\): if it reads on from there"),
+        (Own(Counted(), 8), "Own reads a stream: if it goes on from where it was read last"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            fit(tmp_path, TinyNet(), SensitivityFreezeCallback(num_tensors=2), data=data, max_epochs=1)
 
 
 def test_without_a_budget_the_set_of_least_predicted_forgetting_trains(tmp_path):

@@ -114,13 +114,16 @@ def test_lora_with_nothing_to_adapt_is_an_error_and_changes_nothing():
     assert all(p.requires_grad for p in module.parameters())
 
 
-def test_lora_behind_averages_of_weights_is_an_error_and_changes_nothing():
-    module = Plain()
-    keys = list(module.state_dict())
-    with pytest.raises(ValueError, match=r"EMAWeightAveraging stands before LoraAdapters.*list it behind"):
-        fit(module, [EMAWeightAveraging(), LoraAdapters(2)])
-    assert list(module.state_dict()) == keys
-    fit(module, [LoraAdapters(2), EMAWeightAveraging()])
+@pytest.mark.parametrize("first", [True, False])
+def test_lora_beside_averages_of_weights_is_averaged_wherever_it_stands(first):
+    module, averaging = Plain(), EMAWeightAveraging(decay=0.5)
+    fit(module, [averaging, LoraAdapters(2)] if first else [LoraAdapters(2), averaging], steps=4)
+    average = averaging._average_model.module
+    assert any(".lora_B" in name and bool(value.any()) for name, value in average.state_dict().items())
+    assert module.state_dict().keys() == average.state_dict().keys()
+    for name, value in module.state_dict().items():
+        # What Lightning leaves in the module at the end are the averages.
+        assert torch.equal(value, average.state_dict()[name])
 
 
 def test_train_only_gives_back_what_it_froze_and_leaves_what_was_frozen():

@@ -119,6 +119,10 @@ def test_time_that_is_shown_is_of_runs_that_came_to_an_end():
     rows = {e.name: e for e in entries_of(course, names, dict.fromkeys(names), 0.9, 0.0, BACK)}
     assert rows["good"].seconds == 1.0
     assert rows["good"].error == "1 run raised and counted as diverged: ValueError: found invalid values"
+    course.raised = {each.run.spec: ValueError("all of them") for each in course.confirmed["good"].values()}
+    rows = {e.name: e for e in entries_of(course, names, dict.fromkeys(names), 0.9, 0.0, BACK)}
+    assert math.isnan(rows["good"].seconds)
+    assert rows["good"].trainable == 10
 
 
 def test_search_without_time_is_told_from_one_that_arrives_nowhere():

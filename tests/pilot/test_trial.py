@@ -8,12 +8,15 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
+    StochasticWeightAveraging,
 )
 from outside import (
     STEPS,
@@ -27,7 +30,7 @@ from outside import (
 )
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from kappa_lightning import AccuracyProbe
+from kappa_lightning import AccuracyProbe, Probe
 from kappa_lightning.pilot.candidates import Candidate, candidate
 from kappa_lightning.pilot.given import probes_of
 from kappa_lightning.pilot.halves import half_of
@@ -103,17 +106,53 @@ def test_adapters_are_walked_back_by_their_product(name):
     assert losses == sorted(losses, reverse=True)
 
 
+class Norm(torchmetrics.MeanMetric):
+    higher_is_better = True
+
+
+class Left(pl.Callback):
+    """The norm of what a fit leaves in the module, and its loss on the held-out numbers."""
+
+    def on_fit_end(self, trainer, pl_module):
+        self.norm = float(norm_of(pl_module))
+        with torch.no_grad():
+            numbers, labels = number_loaders()[1].dataset.tensors
+            self.loss = float(torch.nn.functional.cross_entropy(pl_module(numbers), labels))
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def norm_of(module):
+    return sum(p.detach().norm() for p in module.parameters())
+
+
 @pytest.mark.parametrize("name", ["lora r4", "kappa 0.5", "full"])
-def test_candidates_run_beside_averages_of_weights(name):
-    averaging = EMAWeightAveraging(decay=0.5)
-    setup = setup_of(Plain(), trainer={"accelerator": "cpu", "callbacks": averaging})
-    averaged, plain = (
-        run_trial(given, Spec(name, 0, 5, "all"), candidate(name)) for given in (setup, setup_of(Plain()))
+@pytest.mark.parametrize(
+    "averaging", [EMAWeightAveraging(decay=0.5), StochasticWeightAveraging(1e-2, swa_epoch_start=1)]
+)
+def test_loss_and_retention_are_of_the_averages_where_weights_are_averaged(name, averaging):
+    left, probe = Left(), Probe([torch.zeros(1), torch.ones(1)], Norm(), lambda module, batch: norm_of(module))
+    setup = setup_of(Plain(), probes={"norm": probe}, trainer={"accelerator": "cpu", "callbacks": [averaging, left]})
+    run = run_trial(setup, Spec(name, 0, 5, "all"), candidate(name))
+    kept = left.norm / run.metrics["norm"]
+    # The end of the way back is what the fit leaves in the module.
+    assert run.line[-1].retention["norm"] == pytest.approx(kept, rel=1e-5)
+    assert run.line[-1].loss == pytest.approx(left.loss, rel=1e-4)
+    averaged = isinstance(averaging, EMAWeightAveraging)
+    # During a fit a StochasticWeightAveraging validates the weights that train.
+    assert (run.path[-1].retention["norm"] == pytest.approx(kept, rel=1e-5)) is averaged
+    assert (run.path[-1].loss == pytest.approx(left.loss, rel=1e-4)) is averaged
+
+
+def test_steps_are_counted_where_accumulation_changes():
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 2})
+    run = run_trial(
+        setup_of(Plain(), trainer={"accelerator": "cpu", "callbacks": scheduler}), Spec("full", 0, 5), "full"
     )
-    # The average is behind.
-    assert averaged.path[1].loss > plain.path[1].loss
-    assert averaged.path[-1].loss < averaged.path[0].loss
-    assert len(averaged.line) == 3
+    positions = [point.position for point in run.path]
+    assert positions == sorted(set(positions))
+    assert positions[-1] == STEPS
 
 
 def test_run_that_diverges_is_an_outcome():

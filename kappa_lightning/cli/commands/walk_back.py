@@ -254,13 +254,13 @@ def _function(what: str, flag: str) -> Callable[..., Any]:
 def _shown_briefly(point: Any) -> str:
     """On one line, however many groups there are."""
     several = len(set(point.factors.values())) > 1
-    return f"mean alpha={point.alpha:.3g}" if several else _shown(point.factors)
+    return f"mean alpha={point.alpha:.6g}" if several else _shown(point.factors)
 
 
 def _shown(factors: Mapping[str, float]) -> str:
     if len(set(factors.values())) == 1:
-        return f"alpha={next(iter(factors.values())):.3g}"
-    return ", ".join(f"{group}: {factor:.3g}" for group, factor in itertools.islice(factors.items(), 40))
+        return f"alpha={next(iter(factors.values())):.6g}"
+    return ", ".join(f"{group}: {factor:.6g}" for group, factor in itertools.islice(factors.items(), 40))
 
 
 def _factor(text: str) -> float:
