@@ -1,12 +1,11 @@
 """What the comparisons found, as one picture: nats lost of what the model knew, by method and task.
 
-python -m benchmarks.forgetting.overview docs/images/evidence.png      # of a few seconds, from the committed CSVs
+``python -m benchmarks.forgetting.overview docs/images/evidence.png`` draws it from the committed CSVs in a few seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,15 +132,12 @@ def overview() -> Figure:
     figure = Figure(figsize=(13, 4.6), dpi=110, layout="constrained")
     for panel, axes in zip(PANELS, figure.subplots(1, len(PANELS), sharey=True), strict=True):
         rows = lost(panel, comparison_of(panel))
-        smallest = min(interval.mean for interval, _ in rows.values())
         for place, row in enumerate(METHODS):
             if row not in rows:
                 continue
             interval, arrived = rows[row]
             color = "C3" if "κ" in row else "C0" if row.startswith("sensitivity") else "0.35"
-            low = interval.low if interval.low > 0 else smallest / 2
-            if not math.isnan(interval.low):
-                axes.plot([low, interval.high], [place, place], color=color, linewidth=1.6)
+            axes.plot([interval.low, interval.high], [place, place], color=color, linewidth=1.6)
             axes.plot(
                 interval.mean, place, "o", color=color, markerfacecolor=color if arrived else "white", markersize=6
             )
@@ -166,7 +162,9 @@ def overview() -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the picture."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.forgetting.overview", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.forgetting.overview", description="Draw what all comparisons found."
+    )
     parser.add_argument("out", type=Path, help="where the picture goes")
     args = parser.parse_args(argv)
     with replacing(args.out) as file:

@@ -19,6 +19,9 @@ from kappa_lightning.parts import PartialTraining
 from kappa_lightning.weights import plain_parameters
 from kappa_lightning.weights.part import Index
 
+AVERAGING = (WeightAveraging, StochasticWeightAveraging)
+"""Callbacks that keep a copy of the module, with averages of its weights."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Frozen:
@@ -102,7 +105,7 @@ def average_what_trains(
     Returns:
         A function that takes it back.
     """
-    callbacks = [*callbacks_of(trainer, WeightAveraging), *callbacks_of(trainer, StochasticWeightAveraging)]
+    callbacks = [callback for callback in callbacks_of(trainer, Callback) if isinstance(callback, AVERAGING)]
     freeze = _Frozen(module, frozenset(frozen), partial)
     for callback in callbacks:
         if callback not in _GUARDS:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -23,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from kappa_lightning.callbacks.streams import stream_beside
 from kappa_lightning.fingerprint import fingerprint
 from kappa_lightning.processes import Processes
 from kappa_lightning.restoring import random_numbers_restored
@@ -161,7 +160,7 @@ def _plain(loader: DataLoader[Any]) -> DataLoader[Any]:
         return loader  # its batches may be its own
     dataset, collate = loader.dataset, loader.collate_fn
     if isinstance(dataset, IterableDataset):
-        stream = _beside(dataset)
+        stream = stream_beside(dataset)
         return DataLoader(stream, loader.batch_size, collate_fn=collate, drop_last=loader.drop_last)
     sampler: Any = loader.sampler
     if isinstance(sampler, DistributedSampler):
@@ -172,47 +171,6 @@ def _plain(loader: DataLoader[Any]) -> DataLoader[Any]:
     if type(batches) is BatchSampler:
         batches = BatchSampler(sampler, batches.batch_size, batches.drop_last)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
-
-
-def _beside(dataset: IterableDataset[Any]) -> IterableDataset[Any]:
-    """A copy to read from, since a stream may count in its own attributes, or draw from its own generator.
-
-    Streams that it wraps are copied, too. What cannot be copied, such as an open file, is shared with the stream.
-    """
-    values = _attributes(dataset)
-    held = [name for name, value in values.items() if isinstance(value, Iterator)]
-    if held:
-        rank_zero_warn(
-            f"{type(dataset).__name__} holds an iterator ({', '.join(held)}): if it reads on from there, training does "
-            "not see the batches that are read now. Make the iterator in __iter__, or give a profile= that was "
-            "measured on other batches"
-        )
-    # Not by copy.copy, which asks for what is to be pickled.
-    beside: IterableDataset[Any] = object.__new__(type(dataset))
-    for name, value in values.items():
-        object.__setattr__(beside, name, _copied(value))
-    return beside
-
-
-def _attributes(thing: Any) -> dict[str, Any]:
-    slots = (name for kind in type(thing).__mro__ for name in _names(getattr(kind, "__slots__", ())))
-    return {**{name: getattr(thing, name) for name in slots if hasattr(thing, name)}, **vars(thing)}
-
-
-def _names(slots: str | Iterable[str]) -> list[str]:
-    names = [slots] if isinstance(slots, str) else list(slots)
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, IterableDataset):
-        return _beside(value)
-    if isinstance(value, torch.Generator):
-        return torch.Generator(value.device).set_state(value.get_state())
-    if isinstance(value, random.Random | np.random.Generator | np.random.RandomState):
-        return copy.deepcopy(value)
-    # One level: what they hold may be the data.
-    return copy.copy(value) if type(value) in (dict, list, set, deque) else value
 
 
 def generators_of(loaders: Any) -> list[torch.Generator]:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from typing_extensions import override
 
 from kappa_lightning.arguments import as_count
+from kappa_lightning.callbacks.averaging import AVERAGING
 from kappa_lightning.lora import lora_targets
 from kappa_lightning.profile import KappaProfile
 from kappa_lightning.weights import find_weights, plain_parameters
@@ -110,7 +111,7 @@ class LoraAdapters(Callback):
         self._module = weakref.ref(pl_module)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for other in callbacks[: callbacks.index(self)]:
-            if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+            if isinstance(other, AVERAGING):
                 # It has copied the module without adapters.
                 other.setup(trainer, pl_module, stage)
 

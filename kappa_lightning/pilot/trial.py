@@ -22,7 +22,6 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelSummary,
     ProgressBar,
-    StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.trainer.states import TrainerFn
@@ -30,6 +29,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
+from kappa_lightning.callbacks.averaging import AVERAGING
 from kappa_lightning.callbacks.evaluation import evaluate
 from kappa_lightning.callbacks.order import move_before
 from kappa_lightning.callbacks.task import generators_of
@@ -323,7 +323,7 @@ class Recorder(Callback):
         if loss == math.inf:
             kept = dict.fromkeys(self.probes, 0.0)
         else:
-            kept = self._averaged or self._retention(trainer, pl_module)
+            kept = self._retention(trainer, pl_module) if self._averaged is None else self._averaged
         self.points.append(Point(float(done), loss, kept))
         if loss == math.inf:
             trainer.should_stop = True
@@ -401,14 +401,14 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def own_callbacks(setup: Setup) -> list[Callback]:
+def _own_callbacks(setup: Setup) -> list[Callback]:
     """The user's, but for those that only show or save something."""
     given = setup.trainer.get("callbacks") or []
     return [one for one in (given if isinstance(given, list | tuple) else [given]) if not isinstance(one, _SHOWING)]
 
 
 def _trainer(setup: Setup, callbacks: Sequence[Callback], log: Nowhere) -> pl.Trainer:
-    options = {"devices": 1, **setup.trainer, "callbacks": [*copy.deepcopy(own_callbacks(setup)), *callbacks]}
+    options = {"devices": 1, **setup.trainer, "callbacks": [*copy.deepcopy(_own_callbacks(setup)), *callbacks]}
     accumulate = int(options.get("accumulate_grad_batches", 1))
     return pl.Trainer(
         **options,
@@ -467,7 +467,7 @@ def _way_back(
             return []
     recorder.measures_all = True
     # What averages weights puts the averages into the module behind the last evaluation.
-    averages = any(isinstance(one, WeightAveraging | StochasticWeightAveraging) for one in own_callbacks(setup))
+    averages = any(isinstance(one, AVERAGING) for one in _own_callbacks(setup))
     trainer = _trainer(setup, [recorder], log)
     points = [Point(0.0, recorder.points[0].loss, recorder.points[0].retention)]
     for number in range(1, setup.blends + 1):

@@ -48,25 +48,17 @@ def test_halving_goes_on_behind_the_last_point_that_keeps_enough_though_it_is_no
     assert [alpha for (alpha,) in alphas] == pytest.approx([0.75, 0.725, 0.7125])
 
 
-def test_several_groups_move_together_towards_the_nearest_that_would_be_better():
+def test_several_groups_go_on_from_their_best_towards_the_nearest_that_would_be_better():
     alphas, best = searched(
-        Goal(min_retention=0.9),
+        Goal(min_retention=0.895),
         lambda a, b: (1 - a) ** 2 + (1 - b) ** 2,
-        lambda a, b: 1 - 0.2 * a - 0.01 * b,
+        lambda a, b: 1 - 0.16 * a - 0.01 * b,
         points=3,
         groups=("first", "second"),
     )
-    assert len(alphas) == 3
-    assert best.retention["old"] >= 0.9
-    _, coarse = searched(
-        Goal(min_retention=0.9),
-        lambda a, b: (1 - a) ** 2 + (1 - b) ** 2,
-        lambda a, b: 1 - 0.2 * a - 0.01 * b,
-        bisections=0,
-        points=3,
-        groups=("first", "second"),
-    )
-    assert best.monitor <= coarse.monitor
+    # The best of the grid is (0.5, 1), and (1, 1) would be better; 0.895 are kept up to 0.594.
+    assert alphas == [(0.75, 1.0), (0.625, 1.0), (0.5625, 1.0)]
+    assert best.factors == {"first": 0.5625, "second": 1.0}
 
 
 def test_nothing_is_halved_where_nothing_keeps_enough_or_the_end_is_best():
